@@ -1,0 +1,48 @@
+"""Validated, frozen settings of the core. Defaults live here and nowhere else."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from medusa_core.errors import ConfigError
+
+EMBEDDED_MODEL = Path(__file__).parent / "assets" / "demo"
+EMBEDDED_HEADS = EMBEDDED_MODEL / "medusa-1"
+
+TYPICAL_EPSILON = 0.09  # Medusa paper §2.3.1 and reference `posterior_threshold`
+TYPICAL_DELTA = 0.3  # its `posterior_alpha`, about sqrt(epsilon)
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_CONTEXT_LIMIT = 4096
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How an engine is built.
+
+    `dtype` "auto" is bfloat16 where the device multiplies it natively and float32 elsewhere; `device` "auto"
+    is CUDA if there is one. `max_length` (tokens, prompt and answer) defaults to the model's context, at most
+    `DEFAULT_CONTEXT_LIMIT`. `tree_nodes` (root included) None lets calibration and measured step times choose;
+    1 turns speculation off.
+    """
+
+    dtype: str = "auto"
+    device: str = "auto"
+    max_length: int | None = None
+    slots: int = 1
+    tree_nodes: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
+    chat_template: str | None = None
+    measure: bool = True  # time steps at start; without it nothing adapts and no speedup is estimated
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        for name, low, high in (("slots", 1, 256), ("prefill_chunk", 1, 65536)):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length must be at least 2, not {self.max_length}")
+        if self.tree_nodes is not None and not 1 <= self.tree_nodes <= 256:
+            raise ConfigError(f"tree_nodes must be between 1 and 256, not {self.tree_nodes}")
