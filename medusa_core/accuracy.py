@@ -1,0 +1,101 @@
+"""What calibration knows about a set of heads, as plain data stored beside them in `calibration.json`."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medusa_core.errors import CheckpointError
+
+FILE_NAME = "calibration.json"
+FORMAT_VERSION = 1
+# Vicuna-7B v0.1 heads, top-1..top-5 increments (Medusa repository, medusa_acc.csv): a stand-in until heads are
+# calibrated. It only shapes the static tree and its expected length, never what is accepted.
+TYPICAL_ACCURACIES = (
+    (0.560, 0.111, 0.056, 0.032, 0.020),
+    (0.316, 0.107, 0.062, 0.043, 0.034),
+    (0.201, 0.086, 0.060, 0.036, 0.033),
+    (0.147, 0.078, 0.048, 0.037, 0.029),
+    (0.117, 0.069, 0.048, 0.038, 0.027),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCalibration:
+    """Measured accuracy and confidence of K draft heads.
+
+    `accuracies[k][r]`: share of positions at which head k's guess of rank r was the model's token; `counts[k]`:
+    positions behind it. `temperatures`: sampling temperature -> tau per head, the divisor that makes the heads'
+    scores probabilities of being right. `expected`: tree kind ("static", "dynamic") -> nodes (root included) ->
+    mean acceptance length in tokens per step. `tree_nodes`: the size that was fastest on `machine`.
+    """
+
+    accuracies: tuple[tuple[float, ...], ...]
+    counts: tuple[int, ...] = ()
+    temperatures: Mapping[float, tuple[float, ...]] = field(default_factory=dict)
+    expected: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    step_seconds: Mapping[int, float] = field(default_factory=dict)
+    tree_nodes: int | None = None
+    machine: str = ""
+
+    @property
+    def num_heads(self) -> int:
+        return len(self.accuracies)
+
+    def taus(self, temperature: float, num_heads: int) -> tuple[float, ...]:
+        """tau per head at a sampling temperature, linearly interpolated between the calibrated ones."""
+        known = sorted(self.temperatures)
+        if not known:
+            return (1.0,) * num_heads
+        below = max((t for t in known if t <= temperature), default=known[0])
+        above = min((t for t in known if t >= temperature), default=known[-1])
+        share = 0.0 if above == below else (temperature - below) / (above - below)
+        low, high = self.temperatures[below], self.temperatures[above]
+        return tuple(a + share * (b - a) for a, b in zip(low, high, strict=True))[:num_heads]
+
+
+def default_calibration(num_heads: int) -> HeadCalibration:
+    """For heads nobody calibrated: published accuracies, the last head's repeated where there are more."""
+    rows = [TYPICAL_ACCURACIES[min(k, len(TYPICAL_ACCURACIES) - 1)] for k in range(num_heads)]
+    return HeadCalibration(accuracies=tuple(rows))
+
+
+def save_calibration(calibration: HeadCalibration, directory: Path) -> Path:
+    """Write `calibration.json` (to a temporary file, then renamed)."""
+    target = directory / FILE_NAME
+    temporary = target.with_suffix(".tmp")
+    data = {"format": FORMAT_VERSION, **asdict(calibration)}
+    temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, target)
+    return target
+
+
+def load_calibration(directory: Path) -> HeadCalibration | None:
+    """Read `calibration.json`; None if there is none. Raises `CheckpointError` if it is not one of ours."""
+    path = directory / FILE_NAME
+    if not path.exists():
+        return None
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data.pop("format") != FORMAT_VERSION:
+            raise ValueError("another format version")
+        return _from_json(data)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a calibration file of this version: {error}") from error
+
+
+def _from_json(data: dict[str, Any]) -> HeadCalibration:
+    def numbers(row: Sequence[Any]) -> tuple[float, ...]:
+        return tuple(float(x) for x in row)
+
+    return HeadCalibration(
+        accuracies=tuple(numbers(row) for row in data["accuracies"]),
+        counts=tuple(int(x) for x in data["counts"]),
+        temperatures={float(t): numbers(row) for t, row in data["temperatures"].items()},
+        expected={k: {int(n): float(a) for n, a in row.items()} for k, row in data["expected"].items()},
+        step_seconds={int(n): float(s) for n, s in data["step_seconds"].items()},
+        tree_nodes=data["tree_nodes"],
+        machine=str(data["machine"]),
+    )
