@@ -1,0 +1,218 @@
+"""Pads a small Llama and its Medusa heads to a real model's shape without changing what they compute.
+
+For benchmarks: real text and real acceptance at the memory traffic of a 1.1-1.3 B-parameter model. d is the
+model's own hidden size, D the inflated one.
+
+The one invariant: dimensions d..D of the residual stream are zero. So the embedding writes zeros there, and
+so do `o_proj` and `down_proj`, which also ignore the added query heads and intermediate rows; in added layers
+they are zero altogether. RMSNorm then sees a mean square d/D times as large, which `weight * sqrt(d/D)` and
+`eps * d/D` undo. Everything that only ever meets a zero is random instead of zero, so that no kernel or memory
+system can profit from it.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from medusa_core.errors import ConfigError
+
+POOL_SIZE = (
+    1 << 22
+)  # random numbers drawn; tiled over all weights, since drawing a billion takes half a minute
+DEAD_WEIGHT_STD = 0.02
+SHAPE_NAMES = ("1b",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InflatedShape:
+    """The target; key/value heads follow from the model's own ratio. The defaults are `--inflate 1b`."""
+
+    hidden_size: int = 2048
+    num_layers: int = 22
+    num_query_heads: int = 32
+    head_dim: int = 64
+    intermediate_size: int = 5632
+    vocab_size: int = 32000
+
+
+class RandomFill:
+    """Overwrites tensors with pseudo-random numbers at the speed of a copy."""
+
+    def __init__(self, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        pool = torch.randn(POOL_SIZE, generator=generator) * DEAD_WEIGHT_STD
+        self._pool = pool.to(device=device, dtype=dtype)
+        self._start = 0
+
+    def __call__(self, target: Tensor) -> None:
+        """Fill a contiguous tensor, each from another place of the pool."""
+        flat = target.view(-1)
+        done = 0
+        while done < flat.numel():
+            count = min(POOL_SIZE - self._start, flat.numel() - done)
+            flat[done : done + count] = self._pool[self._start : self._start + count]
+            done += count
+            self._start = (self._start + count) % POOL_SIZE
+
+
+def inflate_model(
+    model: PreTrainedModel,
+    shape: InflatedShape | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> LlamaForCausalLM:
+    """A `LlamaForCausalLM` of `shape` with the same logits for the model's own tokens; added tokens get 0.
+
+    `dtype` defaults to the model's. Made on the model's device, directly in `dtype`. Raises `ConfigError` if
+    the model is not a plain Llama of that head dimension or does not fit.
+    """
+    shape = shape or InflatedShape()
+    llama = _check_inflatable(model, shape)
+    first = next(llama.parameters())
+    dtype = dtype or first.dtype
+    with torch.device("meta"):
+        inflated = LlamaForCausalLM(_inflated_config(llama.config, shape))
+    nn.Module.to(inflated, dtype=dtype)
+    inflated.to_empty(device=first.device).requires_grad_(False).train(mode=False)
+    # Its tables are buffers that are not saved, so `to_empty` left them unset; they depend on head_dim alone.
+    inflated.model.rotary_emb = copy.deepcopy(llama.model.rotary_emb)
+    inflated.generation_config = copy.deepcopy(llama.generation_config)
+    with torch.no_grad():
+        _fill_weights(llama, inflated, RandomFill(dtype=dtype, device=first.device, seed=seed))
+    return inflated
+
+
+def inflate_head_weights(
+    weights: Mapping[str, Tensor],
+    shape: InflatedShape | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Medusa heads of width D with the logits of the given ones, as tensors of the same names.
+
+    Takes and returns `{head}.{layer}.linear.weight` [d, d], `{head}.{layer}.linear.bias` [d] and output
+    layers `{head}.{num_layers}.weight` [V, d], V kept.
+    """
+    hidden_size = (shape or InflatedShape()).hidden_size
+    result: dict[str, Tensor] = {}
+    fill: RandomFill | None = None
+    for name, weight in weights.items():
+        fill = fill or RandomFill(dtype=dtype or weight.dtype, device=weight.device, seed=seed)
+        if weight.shape[-1] > hidden_size:
+            raise ConfigError(f"cannot inflate heads of hidden size {weight.shape[-1]} to {hidden_size}")
+        rows = hidden_size if ".linear." in name else weight.shape[0]
+        size = (rows, hidden_size) if weight.ndim == 2 else (rows,)
+        wide = weight.new_zeros(size, dtype=dtype or weight.dtype)
+        if weight.ndim == 2:
+            # Rows beyond d feed the residual and stay zero; columns beyond d only ever meet zeros.
+            _embed(wide[: weight.shape[0]], weight, fill)
+        else:
+            wide[: weight.shape[0]] = weight
+        result[name] = wide
+    return result
+
+
+def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForCausalLM:
+    if type(model) is not LlamaForCausalLM:
+        raise ConfigError(f"only Llama models can be inflated, not {type(model).__name__}")
+    config = model.config
+    if config.attention_bias or config.mlp_bias:
+        raise ConfigError("cannot inflate a Llama with biases")
+    if any(not parameter.is_floating_point() for parameter in model.parameters()):
+        raise ConfigError("cannot inflate a quantised model")
+    head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+    if head_dim != shape.head_dim:
+        raise ConfigError(f"cannot inflate: head_dim is {head_dim}, the target's is {shape.head_dim}")
+    for what, own, target in (
+        ("hidden size", config.hidden_size, shape.hidden_size),
+        ("number of layers", config.num_hidden_layers, shape.num_layers),
+        ("number of query heads", config.num_attention_heads, shape.num_query_heads),
+        ("intermediate size", config.intermediate_size, shape.intermediate_size),
+        ("vocabulary", config.vocab_size, shape.vocab_size),
+    ):
+        if own > target:
+            raise ConfigError(f"cannot inflate: the model's {what} is {own}, more than the target's {target}")
+    group = _group_size(config)
+    if shape.num_query_heads % group:
+        raise ConfigError(
+            f"cannot inflate: {shape.num_query_heads} query heads do not split into the model's groups of {group}"
+        )
+    return model
+
+
+def _group_size(config: LlamaConfig) -> int:
+    """Query heads to a key/value head."""
+    return config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
+
+
+def _inflated_config(config: LlamaConfig, shape: InflatedShape) -> LlamaConfig:
+    inflated = copy.deepcopy(config)
+    group = _group_size(config)
+    inflated.update(
+        {
+            "hidden_size": shape.hidden_size,
+            "num_hidden_layers": shape.num_layers,
+            "num_attention_heads": shape.num_query_heads,
+            "num_key_value_heads": shape.num_query_heads // group,
+            "head_dim": shape.head_dim,
+            "intermediate_size": shape.intermediate_size,
+            "vocab_size": shape.vocab_size,
+            "rms_norm_eps": config.rms_norm_eps * config.hidden_size / shape.hidden_size,
+            "tie_word_embeddings": False,
+        }
+    )
+    return inflated
+
+
+def _fill_weights(llama: LlamaForCausalLM, inflated: LlamaForCausalLM, fill: RandomFill) -> None:
+    own_hidden = llama.config.hidden_size
+    own_rows = llama.config.vocab_size
+    _inflate_writer(inflated.model.embed_tokens.weight.T, llama.model.embed_tokens.weight.T)
+    fill(inflated.model.embed_tokens.weight[own_rows:])
+    _embed(inflated.lm_head.weight[:own_rows], llama.lm_head.weight, fill)
+    fill(inflated.lm_head.weight[own_rows:])
+    inflated.lm_head.weight[own_rows:, :own_hidden] = 0
+    _inflate_norm(inflated.model.norm.weight, llama.model.norm.weight, fill)
+    for index, layer in enumerate(inflated.model.layers):
+        source = llama.model.layers[index] if index < llama.config.num_hidden_layers else None
+        _fill_layer(source, layer, fill)
+
+
+def _fill_layer(source: nn.Module | None, layer: nn.Module, fill: RandomFill) -> None:
+    """Write one decoder layer: the model's own where there is one, else an identity."""
+    own = dict(source.named_parameters()) if source is not None else {}
+    for name, weight in layer.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            _inflate_writer(weight, own.get(name))
+        elif name not in own:
+            fill(weight)
+        elif weight.ndim == 1:
+            _inflate_norm(weight, own[name], fill)
+        else:
+            _embed(weight, own[name], fill)
+
+
+def _inflate_writer(target: Tensor, own: Tensor | None) -> None:
+    """A matrix that writes into the residual stream [D, *]: only its own [d, *] block may be non-zero."""
+    target.zero_()
+    if own is not None:
+        target[: own.shape[0], : own.shape[1]] = own
+
+
+def _inflate_norm(target_D: Tensor, own_d: Tensor, fill: RandomFill) -> None:
+    fill(target_D)
+    scale = math.sqrt(own_d.shape[0] / target_D.shape[0])
+    target_D[: own_d.shape[0]] = own_d.float() * scale
+
+
+def _embed(target: Tensor, own: Tensor, fill: RandomFill) -> None:
+    """A matrix that reads the residual stream [*, D]: its own block in the corner, random around it."""
+    fill(target)
+    target[: own.shape[0], : own.shape[1]] = own
