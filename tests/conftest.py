@@ -1,9 +1,11 @@
 """Small seeded models and tokenizers shared by every test, in the layouts real repositories have."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,6 +24,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 TINY_VOCAB_SIZE = 320
+SENTENCEPIECE_SPECIALS = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 TRAINING_LINES = (
     "Hello, how may I help you today?",
     "I need a cheap restaurant in the centre of town, please.",
@@ -92,3 +95,81 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, dialogue_tokenizer:
     model.save_pretrained(path)
     dialogue_tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def vicuna_layout_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random Llama with exactly the files of `lmsys/vicuna-7b-v1.3`.
+
+    Sharded `.bin` weights with an index, `tokenizer.model` alone (sentencepiece BPE, byte fallback, dummy
+    prefix) and no chat template; 32 rows of padding beyond the tokenizer's ids.
+    """
+    path = tmp_path_factory.mktemp("hub") / "vicuna-tiny-v1.3"
+    path.mkdir()
+    vocab_size = _train_sentencepiece(path)
+    _save_sharded_llama(path, vocab_size + 32)
+    special = {name: {"__type": "AddedToken", "content": text} for name, text in SENTENCEPIECE_SPECIALS.items()}
+    config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 256,
+        "pad_token": None,
+        "sp_model_kwargs": {},
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    (path / "tokenizer_config.json").write_text(json.dumps(config | special), encoding="utf-8")
+    (path / "special_tokens_map.json").write_text(json.dumps(SENTENCEPIECE_SPECIALS), encoding="utf-8")
+    return path
+
+
+def _train_sentencepiece(path: Path) -> int:
+    """Write `tokenizer.model` as Llama's was trained: identity normaliser, every space kept. Returns its size."""
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING_LINES),
+        model_prefix=str(path / "tokenizer"),
+        vocab_size=400,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (path / "tokenizer.vocab").unlink()
+    return sentencepiece.SentencePieceProcessor(model_file=str(path / "tokenizer.model")).vocab_size()
+
+
+def _save_sharded_llama(path: Path, vocab_size: int) -> None:
+    """Two `.bin` shards written by `torch.save`, as transformers 5 itself no longer writes them."""
+    import torch
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        architectures=["LlamaForCausalLM"],
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    config.save_pretrained(path)
+    GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=0).save_pretrained(path)
+    state = LlamaForCausalLM(config).state_dict()
+    names = list(state)
+    shards = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, keys in shards.items():
+        torch.save({key: state[key] for key in keys}, path / file)
+    index = {
+        "metadata": {"total_size": sum(tensor.numel() * tensor.element_size() for tensor in state.values())},
+        "weight_map": {key: file for file, keys in shards.items() for key in keys},
+    }
+    (path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
