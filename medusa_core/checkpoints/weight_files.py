@@ -1,0 +1,114 @@
+"""Where the bytes are: local folders, the Hub, safetensors, `.pt` and sharded `.bin`. Knows nothing of heads."""
+
+import json
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from medusa_core.errors import CheckpointError
+
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+
+KeyFilter = Callable[[str], bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """A local folder or a Hub repository; files of the latter are downloaded one by one when asked for."""
+
+    name: str
+    folder: Path | None
+
+    @classmethod
+    def at(cls, name: str | Path) -> "Repository":
+        """An existing folder is always local and needs no network; anything else must look like a Hub name."""
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return cls(str(name), path)
+        if path.exists() or path.is_absolute() or str(name).startswith(".") or len(path.parts) > 2:
+            raise CheckpointError(f"no heads at {name}: not a directory or weight file")
+        return cls(str(name), None)
+
+    def fetch(self, filename: str) -> Path | None:
+        """The file's local path, or None where the repository has no such file."""
+        if self.folder is not None:
+            path = self.folder / filename
+            return path if path.is_file() else None
+        try:
+            return Path(hf_hub_download(self.name, filename))
+        except EntryNotFoundError:  # includes "offline and not in the cache"
+            return None
+        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise CheckpointError(f"{self.name} is no local directory and no Hub download: {reason[0]}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises `CheckpointError`."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return value
+
+
+def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
+    """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU. Raises `CheckpointError`."""
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+        return {key: value for key, value in _unpickle(path).items() if wanted(key)}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def model_keys(repository: Repository) -> dict[str, str]:
+    """Every key of a whole model's weights and the file that holds it; empty where there is no model."""
+    for name in INDEX_FILES:
+        index = repository.fetch(name)
+        if index is not None:
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            return {str(key): str(file) for key, file in weight_map.items()}
+    for name in MODEL_FILES:
+        path = repository.fetch(name)
+        if path is not None:
+            return dict.fromkeys(_file_keys(path), name)
+    return {}
+
+
+def _file_keys(path: Path) -> list[str]:
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                return list(file.keys())
+        return list(_unpickle(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def _unpickle(path: Path) -> dict[str, Tensor]:
+    """A pickled state dict, tensors only. Memory-mapped, so that a shard's other weights are not read."""
+    try:
+        # The restricted unpickler refuses everything but tensors and plain containers: no code runs.
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(f"cannot read {path} as plain tensors: {reason[0]}") from error
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise CheckpointError(f"{path} is not a dictionary of named tensors")
+    return state
