@@ -20,7 +20,7 @@ from medusa_core.errors import TokenizerError
 from medusa_core.sentencepiece_conversion import convert_sentencepiece
 
 TEMPLATES = Path(__file__).parent / "templates"
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights: what a process needs that tokenises and never runs the model.
 TOKENIZER_FILES = [
     "tokenizer.json",
@@ -89,11 +89,13 @@ class ChatTokenizer:
         return self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def _encode(self, text: str, *, special: bool) -> list[int]:
-        # The backend itself: the wrapper changes truncation settings on every call, which threads must not.
         try:
-            return self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids
+            text.encode()
         except UnicodeEncodeError:
             raise TokenizerError("the text holds half a surrogate pair, which is not valid Unicode") from None
+        # The backend itself: the wrapper changes truncation settings on every call, which threads must not.
+        ids: list[int] = self.tokenizer.backend_tokenizer.encode(text, add_special_tokens=special).ids
+        return ids
 
 
 def load_chat_tokenizer(
