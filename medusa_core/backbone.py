@@ -47,7 +47,7 @@ class Backbone:
         self.window = _sliding_window(self.config)
         self._layer_types = _attention_types(self.config)
         self._cache_shape = self._probe_cache_shape()
-        self._splits = self._probe_split()
+        self.splits = self._probe_split()  # logits are just the output layer on the hidden states
 
     @property
     def lm_head_weight(self) -> Tensor:
@@ -95,7 +95,7 @@ class Backbone:
             "past_key_values": cache,
             "use_cache": True,
         }
-        if self._splits:
+        if self.splits:
             hidden = self.model.base_model(**kwargs).last_hidden_state
             logits = self.model.get_output_embeddings()(hidden[:, logits_from:])
         else:
