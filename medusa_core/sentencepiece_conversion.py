@@ -82,14 +82,18 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 def _add_special_pieces(tokenizer: Tokenizer, proto: Any) -> None:
     kinds = {UNKNOWN: True, CONTROL: True, USER_DEFINED: False}
-    marked = [AddedToken(p.piece, normalized=False, special=kinds[p.type]) for p in proto.pieces if p.type in kinds]
+    marked = [
+        AddedToken(p.piece, normalized=False, special=kinds[p.type]) for p in proto.pieces if p.type in kinds
+    ]
     tokenizer.add_tokens(marked)
 
 
 def _add_extra_tokens(tokenizer: Tokenizer, path: Path, config: Mapping[str, Any]) -> None:
     """Tokens beyond the sentencepiece vocabulary, from `added_tokens_decoder` and `added_tokens.json`."""
     extra = {
-        int(i): AddedToken(t["content"], normalized=t.get("normalized", False), special=t.get("special", False))
+        int(i): AddedToken(
+            t["content"], normalized=t.get("normalized", False), special=t.get("special", False)
+        )
         for i, t in config.get("added_tokens_decoder", {}).items()
     }
     added = path.parent / "added_tokens.json"

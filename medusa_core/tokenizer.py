@@ -108,7 +108,9 @@ def load_chat_tokenizer(
     `require_template`, no template.
     """
     directory = _locate(model)
-    config = _read_json(directory / "special_tokens_map.json") | _read_json(directory / "tokenizer_config.json")
+    config = _read_json(directory / "special_tokens_map.json") | _read_json(
+        directory / "tokenizer_config.json"
+    )
     tokenizer = _load_tokenizer(directory, config)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -139,7 +141,9 @@ def read_template(name: str) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         known = ", ".join(builtin_templates())
-        raise TokenizerError(f"chat template {name!r} is neither built in ({known}) nor a readable file") from error
+        raise TokenizerError(
+            f"chat template {name!r} is neither built in ({known}) nor a readable file"
+        ) from error
 
 
 _NO_TEMPLATE = (
@@ -174,7 +178,9 @@ def _load_tokenizer(directory: Path, config: Mapping[str, Any]) -> PreTrainedTok
         raise TokenizerError(f"{directory} holds neither tokenizer.json nor tokenizer.model")
     tokenizer = convert_sentencepiece(directory / "tokenizer.model", config)
     template = directory / "chat_template.jinja"
-    tokenizer.chat_template = read_template(str(template)) if template.exists() else config.get("chat_template")
+    tokenizer.chat_template = (
+        read_template(str(template)) if template.exists() else config.get("chat_template")
+    )
     return tokenizer
 
 

@@ -62,7 +62,9 @@ def dialogue_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory, dialogue_tokenizer: PreTrainedTokenizerFast) -> Path:
+def tiny_model_dir(
+    tmp_path_factory: pytest.TempPathFactory, dialogue_tokenizer: PreTrainedTokenizerFast
+) -> Path:
     """A saved random float32 Llama (2 layers, 4 query / 2 KV heads of 16, context 512) with `dialogue_tokenizer`.
 
     Weights are wider than usual, so that its greedy text varies instead of repeating one token.
@@ -108,7 +110,9 @@ def vicuna_layout_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.mkdir()
     vocab_size = _train_sentencepiece(path)
     _save_sharded_llama(path, vocab_size + 32)
-    special = {name: {"__type": "AddedToken", "content": text} for name, text in SENTENCEPIECE_SPECIALS.items()}
+    special = {
+        name: {"__type": "AddedToken", "content": text} for name, text in SENTENCEPIECE_SPECIALS.items()
+    }
     config = {
         "add_bos_token": True,
         "add_eos_token": False,

@@ -61,7 +61,9 @@ def test_sentencepiece_keeps_the_space_after_a_skipped_token(sentencepiece_token
 
 
 def test_broken_byte_fallback_run_keeps_what_was_returned(sentencepiece_tokenizer):
-    byte = {value: sentencepiece_tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in (0xC3, 0xA9)}
+    byte = {
+        value: sentencepiece_tokenizer.convert_tokens_to_ids(f"<0x{value:02X}>") for value in (0xC3, 0xA9)
+    }
     letter = sentencepiece_tokenizer.convert_tokens_to_ids("a")
     pieces = detokenize(sentencepiece_tokenizer, [[byte[0xC3], byte[0xA9]], [byte[0xC3]], [letter]])
     assert pieces == ["é", "", f"{REPLACEMENT}a", ""]

@@ -31,7 +31,9 @@ def copy_of(tmp_path: Path):
     """A writable copy of a model directory without its weights, under a name of one's choice."""
 
     def copy(source: Path, name: str = "model") -> Path:
-        return shutil.copytree(source, tmp_path / name, ignore=shutil.ignore_patterns("*.bin", "*.safetensors"))
+        return shutil.copytree(
+            source, tmp_path / name, ignore=shutil.ignore_patterns("*.bin", "*.safetensors")
+        )
 
     return copy
 
@@ -47,13 +49,19 @@ def test_loading_and_rendering_import_no_torch(tiny_model_dir, vicuna_layout_dir
         "for path in sys.argv[1:]: load_chat_tokenizer(path).render([{'role': 'user', 'content': 'hi'}])\n"
         "assert 'torch' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code, str(tiny_model_dir), str(vicuna_layout_dir)], check=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-c", code, str(tiny_model_dir), str(vicuna_layout_dir)], check=True, timeout=120
+    )
 
 
 def test_render_uses_the_models_own_template(tiny_model_dir):
     chat = load_chat_tokenizer(tiny_model_dir)
     ids = chat.render(TURNS)
-    assert chat.tokenizer.convert_ids_to_tokens([ids[0], ids[-2], ids[-1]]) == ["<|user|>", "<|end|>", "<|assistant|>"]
+    assert chat.tokenizer.convert_ids_to_tokens([ids[0], ids[-2], ids[-1]]) == [
+        "<|user|>",
+        "<|end|>",
+        "<|assistant|>",
+    ]
     assert chat.decode(ids) == "HelloHow may I help?Book a table."
 
 
@@ -125,7 +133,9 @@ def test_model_without_template_needs_one(vicuna_layout_dir, copy_of):
     assert chat.decode(chat.encode("Hello")) == "Hello"
     with pytest.raises(TokenizerError, match="MEDUSA_CHAT_TEMPLATE"):
         chat.render(TURNS)
-    assert load_chat_tokenizer(plain, "vicuna").render(TURNS) == load_chat_tokenizer(vicuna_layout_dir).render(TURNS)
+    assert load_chat_tokenizer(plain, "vicuna").render(TURNS) == load_chat_tokenizer(
+        vicuna_layout_dir
+    ).render(TURNS)
 
 
 def test_builtin_templates_are_packaged():
@@ -141,7 +151,9 @@ def test_template_beside_a_sentencepiece_model(vicuna_layout_dir, copy_of):
 
 
 @settings(max_examples=200)
-@given(text=st.text(st.one_of(st.sampled_from("helptown  .,12\né你"), st.characters(codec="utf-8")), max_size=60))
+@given(
+    text=st.text(st.one_of(st.sampled_from("helptown  .,12\né你"), st.characters(codec="utf-8")), max_size=60)
+)
 def test_sentencepiece_ids_are_sentencepieces(vicuna_layout_dir, text):
     chat, reference = _pair(vicuna_layout_dir / "tokenizer.model")
     if not any(token in text for token in ("<s>", "</s>", "<unk>")):
@@ -150,7 +162,10 @@ def test_sentencepiece_ids_are_sentencepieces(vicuna_layout_dir, text):
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
 def test_sentencepiece_with_its_default_normaliser(tmp_path, model_type):
-    lines = ["Hello, how may I help you today?", "I need a cheap restaurant in the centre of town, please."] * 4
+    lines = [
+        "Hello, how may I help you today?",
+        "I need a cheap restaurant in the centre of town, please.",
+    ] * 4
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(tmp_path / "tokenizer"),
@@ -160,7 +175,15 @@ def test_sentencepiece_with_its_default_normaliser(tmp_path, model_type):
         minloglevel=2,
     )
     fast, reference = _pair(tmp_path / "tokenizer.model")
-    for text in ("Hello", "  how   may I  ", "ｆｕｌｌ width ﬁ", "\u3000town é", "", "please\n\nhelp", "日本 x 日本語"):
+    for text in (
+        "Hello",
+        "  how   may I  ",
+        "ｆｕｌｌ width ﬁ",
+        "\u3000town é",
+        "",
+        "please\n\nhelp",
+        "日本 x 日本語",
+    ):
         assert fast.encode(text, add_special_tokens=False) == reference.encode(text), text
         assert fast.decode(reference.encode("need a cheap")) == "need a cheap"
 
@@ -181,7 +204,10 @@ def test_sentencepiece_without_legacy_prefix(vicuna_layout_dir, copy_of):
 def test_tokens_added_to_a_sentencepiece_model(vicuna_layout_dir, copy_of):
     path = copy_of(vicuna_layout_dir)
     (path / "added_tokens.json").write_text(json.dumps({"<pad>": 401}))
-    write_json(path / "tokenizer_config.json", added_tokens_decoder={"400": {"content": "<|im_end|>", "special": True}})
+    write_json(
+        path / "tokenizer_config.json",
+        added_tokens_decoder={"400": {"content": "<|im_end|>", "special": True}},
+    )
     chat = load_chat_tokenizer(path, "vicuna")
     assert chat.vocab_size == 402
     assert chat.encode("a<|im_end|><pad>")[-2:] == [400, 401]
@@ -197,7 +223,10 @@ def test_unusable_sentencepiece_files_are_refused(tmp_path):
         with pytest.raises(TokenizerError, match="not a sentencepiece model"):
             convert_sentencepiece(path, {})
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a b c d"]), model_prefix=str(tmp_path / "tokenizer"), model_type="char", minloglevel=2
+        sentence_iterator=iter(["a b c d"]),
+        model_prefix=str(tmp_path / "tokenizer"),
+        model_type="char",
+        minloglevel=2,
     )
     with pytest.raises(TokenizerError, match="word or character"):
         convert_sentencepiece(path, {})
