@@ -6,13 +6,12 @@ model's own hidden size, D the inflated one.
 The one invariant: dimensions d..D of the residual stream are zero. So the embedding writes zeros there, and
 so do `o_proj` and `down_proj`, which also ignore the added query heads and intermediate rows; in added layers
 they are zero altogether. RMSNorm then sees a mean square d/D times as large, which `weight * sqrt(d/D)` and
-`eps * d/D` undo. Everything that only ever meets a zero is random instead of zero, so that no kernel or memory
-system can profit from it.
+`eps * d/D` undo. Everything that only ever meets a zero is random instead of zero, so that no kernel or
+memory system can profit from it.
 """
 
 import copy
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +24,6 @@ POOL_SIZE = (
     1 << 22
 )  # random numbers drawn; tiled over all weights, since drawing a billion takes half a minute
 DEAD_WEIGHT_STD = 0.02
-SHAPE_NAMES = ("1b",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,35 +86,21 @@ def inflate_model(
     return inflated
 
 
-def inflate_head_weights(
-    weights: Mapping[str, Tensor],
-    shape: InflatedShape | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
-) -> dict[str, Tensor]:
-    """Medusa heads of width D with the logits of the given ones, as tensors of the same names.
+@torch.no_grad()
+def inflate_head_parameter(target: Tensor, own: Tensor, fill: RandomFill) -> None:
+    """Write a Medusa head's parameter, stacked over K heads, into its inflated one.
 
-    Takes and returns `{head}.{layer}.linear.weight` [d, d], `{head}.{layer}.linear.bias` [d] and output
-    layers `{head}.{num_layers}.weight` [V, d], V kept.
+    Blocks [K, d, d] -> [K, D, D], biases [K, d] -> [K, D], output layers [K, V, d] -> [K, V, D]. Rows beyond
+    the own ones feed the residual and stay zero; columns beyond d only ever meet zeros and are random.
     """
-    hidden_size = (shape or InflatedShape()).hidden_size
-    result: dict[str, Tensor] = {}
-    fill: RandomFill | None = None
-    for name, weight in weights.items():
-        fill = fill or RandomFill(dtype=dtype or weight.dtype, device=weight.device, seed=seed)
-        if weight.shape[-1] > hidden_size:
-            raise ConfigError(f"cannot inflate heads of hidden size {weight.shape[-1]} to {hidden_size}")
-        rows = hidden_size if ".linear." in name else weight.shape[0]
-        size = (rows, hidden_size) if weight.ndim == 2 else (rows,)
-        wide = weight.new_zeros(size, dtype=dtype or weight.dtype)
-        if weight.ndim == 2:
-            # Rows beyond d feed the residual and stay zero; columns beyond d only ever meet zeros.
-            _embed(wide[: weight.shape[0]], weight, fill)
+    if own.shape[-1] > target.shape[-1]:
+        raise ConfigError(f"cannot inflate heads of hidden size {own.shape[-1]} to {target.shape[-1]}")
+    target.zero_()
+    for wide, narrow in zip(target, own, strict=True):
+        if narrow.ndim == 2:
+            _embed(wide[: narrow.shape[0]], narrow, fill)
         else:
-            wide[: weight.shape[0]] = weight
-        result[name] = wide
-    return result
+            wide[: narrow.shape[0]] = narrow
 
 
 def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForCausalLM:
@@ -142,7 +126,7 @@ def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForC
     group = _group_size(config)
     if shape.num_query_heads % group:
         raise ConfigError(
-            f"cannot inflate: {shape.num_query_heads} query heads do not split into the model's groups of {group}"
+            f"cannot inflate: {shape.num_query_heads} query heads do not split into groups of {group}"
         )
     return model
 

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
+from medusa_core.benchmark.inflated import inflate_heads
 from medusa_core.errors import ConfigError
-from medusa_core.inflate import InflatedShape, inflate_head_weights, inflate_model
+from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.inflate import InflatedShape, inflate_model
 
 SMALL = InflatedShape(
     hidden_size=128, num_layers=4, num_query_heads=8, head_dim=16, intermediate_size=192, vocab_size=400
@@ -108,27 +110,12 @@ def test_dtype_and_generation_settings(tiny: LlamaForCausalLM) -> None:
     assert not big.training
 
 
-def heads_of(hidden: int, rows: int, num_heads: int, num_layers: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator) * hidden**-0.5
-
-    weights: dict[str, Tensor] = {}
-    for head in range(num_heads):
-        for layer in range(num_layers):
-            weights[f"{head}.{layer}.linear.weight"] = draw(hidden, hidden)
-            weights[f"{head}.{layer}.linear.bias"] = draw(hidden)
-        weights[f"{head}.{num_layers}.weight"] = draw(rows, hidden)
-    return weights
-
-
-def head_logits(weights: dict[str, Tensor], head: int, num_layers: int, hidden: Tensor) -> Tensor:
-    """The definition of a Medusa head, written out: L times x + SiLU(Wx + b), then the output layer."""
-    for layer in range(num_layers):
-        matrix, bias = weights[f"{head}.{layer}.linear.weight"], weights[f"{head}.{layer}.linear.bias"]
-        hidden = hidden + torch.nn.functional.silu(hidden @ matrix.T + bias)
-    return hidden @ weights[f"{head}.{num_layers}.weight"].T
+def random_heads(hidden: int, rows: int, num_layers: int) -> MedusaHeads:
+    torch.manual_seed(3)
+    heads = MedusaHeads(num_heads=3, num_layers=num_layers, hidden_size=hidden, vocab_size=rows)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=hidden**-0.5)
+    return heads.requires_grad_(False)
 
 
 @pytest.mark.parametrize("num_layers", [1, 2])
@@ -136,17 +123,37 @@ def head_logits(weights: dict[str, Tensor], head: int, num_layers: int, hidden: 
 def test_inflated_heads_keep_their_logits(
     tiny: LlamaForCausalLM, inflated: LlamaForCausalLM, num_layers: int
 ) -> None:
-    own = heads_of(64, 320, 3, num_layers)
-    big = inflate_head_weights(own, SMALL)
+    own = random_heads(64, 320, num_layers)
+    big = inflate_heads(own, inflated)
     tokens = torch.arange(12)[None]
-    hidden, wide = tiny.model(tokens).last_hidden_state, inflated.model(tokens).last_hidden_state
-    for head in range(3):
-        expected = head_logits(own, head, num_layers, hidden)
-        got = head_logits(big, head, num_layers, wide)
-        assert got.shape == expected.shape
-        assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert big["0.0.linear.weight"].shape == (128, 128)
-    assert (big[f"0.{num_layers}.weight"] == 0).float().mean() < 0.01
+    hidden, wide = tiny.model(tokens).last_hidden_state[0], inflated.model(tokens).last_hidden_state[0]
+    expected, got = own.draft_logits(hidden), big.draft_logits(wide)
+    assert got.shape == expected.shape
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert big.hidden_size == 128
+    assert big.output_KVE is not None
+    assert (big.output_KVE == 0).float().mean() < 0.01
+
+
+@torch.inference_mode()
+def test_heads_that_share_the_output_layer_keep_their_logits(
+    tiny: LlamaForCausalLM, inflated: LlamaForCausalLM
+) -> None:
+    own = MedusaHeads.new(
+        hidden_size=64,
+        vocab_size=320,
+        num_heads=2,
+        num_layers=1,
+        lm_head_weight=tiny.lm_head.weight,
+        shared=True,
+    )
+    torch.nn.init.normal_(own.block_weights[0], std=0.1)
+    big = inflate_heads(own, inflated)
+    tokens = torch.arange(12)[None]
+    expected = own.draft_logits(tiny.model(tokens).last_hidden_state[0])
+    got = big.draft_logits(inflated.model(tokens).last_hidden_state[0])
+    assert big.is_shared
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize(
@@ -168,7 +175,7 @@ def test_models_that_do_not_fit_are_refused(changes: dict[str, object], message:
         inflate_model(random_llama(**changes), SMALL)
 
 
-def test_other_architectures_and_wide_heads_are_refused() -> None:
+def test_other_architectures_and_wide_heads_are_refused(inflated: LlamaForCausalLM) -> None:
     config = MistralConfig(
         vocab_size=64,
         hidden_size=32,
@@ -180,7 +187,7 @@ def test_other_architectures_and_wide_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match="MistralForCausalLM"):
         inflate_model(MistralForCausalLM(config), SMALL)
     with pytest.raises(ConfigError, match="hidden size 256"):
-        inflate_head_weights(heads_of(256, 10, 1, 1), SMALL)
+        inflate_heads(random_heads(256, 10, 1), inflated)
 
 
 def test_quantised_weights_are_refused() -> None:

@@ -1,0 +1,142 @@
+"""One timed run of one prompt: by our engine, or by transformers' `generate` on the same weights."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from medusa_core.engine import Engine
+from medusa_core.errors import RequestError
+from medusa_core.request import FinishReason, SamplingParams, StepStats
+
+Runner = Callable[[Sequence[int], SamplingParams], "Run"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation. `token_ids` are all decided tokens, the one that stopped it included.
+
+    Prefill ends with the first token. `decode_seconds` run from there to the last token, so they cover
+    `decoded_tokens`; `steps` (ours only) are the decode steps in between.
+    """
+
+    token_ids: tuple[int, ...]
+    prefill_seconds: float
+    decode_seconds: float
+    steps: tuple[StepStats, ...] = ()
+
+    @property
+    def decoded_tokens(self) -> int:
+        return len(self.token_ids) - 1
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Decode rate; None if there was nothing to decode after the first token."""
+        return self.decoded_tokens / self.decode_seconds if self.decoded_tokens > 0 else None
+
+
+def engine_runner(engine: Engine) -> Runner:
+    """Runs `engine.generate`, timed outside of it: whatever the engine does between steps counts."""
+
+    def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
+        tokens: list[int] = []
+        steps: list[StepStats] = []
+        start = time.perf_counter()
+        first = last = 0.0
+        for output in engine.generate(prompt_ids, params):
+            if output.finish_reason is FinishReason.ERROR:
+                raise RequestError(f"a benchmark request failed: {output.error}")
+            tokens.extend(output.token_ids)
+            if output.stop_token_id is not None:
+                tokens.append(output.stop_token_id)
+            if output.stats is not None and not output.stats.is_prefill:
+                steps.append(output.stats)
+            last = time.perf_counter()
+            if tokens and not first:
+                first = last
+        return Run(tuple(tokens), first - start, last - first, tuple(steps))
+
+    return run
+
+
+def hf_runner(engine: Engine) -> Runner:
+    """Runs transformers' `generate` with its default cache on the engine's own weights.
+
+    Times are taken as tokens reach a streamer, which costs it about a microsecond a token; set-up and
+    tear-down of `generate` are left out of the decode time.
+    """
+    model = engine.backbone.model
+    eos_ids = sorted(engine.chat.eos_token_ids)
+
+    def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
+        input_ids = torch.tensor([list(prompt_ids)], device=engine.backbone.device)
+        clock = _Clock()
+        torch.manual_seed(params.seed % 2**63)
+        start = time.perf_counter()
+        sequences = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            generation_config=_generation_config(params, eos_ids),
+            logits_processor=_processors(engine),
+            streamer=clock,
+        )
+        times = clock.token_times
+        tokens = tuple(int(token) for token in sequences[0, len(prompt_ids) :])
+        return Run(tokens, times[0] - start, times[-1] - times[0])
+
+    return run
+
+
+class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, misc, unused-ignore]
+    """Notes when each token arrives; the first thing `generate` hands it is the prompt."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    @property
+    def token_times(self) -> list[float]:
+        return self._times[1:]
+
+    def put(self, value: Tensor) -> None:
+        self._times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing to flush."""
+
+
+class _MaskPadding(LogitsProcessor):
+    """Keeps a padded vocabulary's extra ids from being drawn, as our engine does."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self._vocab_size :] = -torch.inf
+        return scores
+
+
+def _processors(engine: Engine) -> LogitsProcessorList:
+    rows = engine.backbone.model.get_output_embeddings().weight.shape[0]
+    padded = rows > engine.backbone.vocab_size
+    return LogitsProcessorList([_MaskPadding(engine.backbone.vocab_size)] if padded else [])
+
+
+def _generation_config(params: SamplingParams, eos_ids: list[int]) -> GenerationConfig:
+    """Every value given, since `generate` fills gaps from the model's own generation_config."""
+    stops = [] if params.ignore_eos else eos_ids
+    return GenerationConfig(
+        do_sample=not params.is_greedy,
+        temperature=1.0 if params.is_greedy else params.temperature,
+        top_p=params.top_p,
+        top_k=50 if params.is_greedy else params.top_k,  # its default: greedy warns of any other
+        min_p=params.min_p or None,
+        repetition_penalty=1.0,
+        num_beams=1,
+        max_new_tokens=params.max_tokens,
+        eos_token_id=[*stops, *params.stop_token_ids] or None,
+        pad_token_id=eos_ids[0] if eos_ids else 0,
+    )
