@@ -1,0 +1,11 @@
+"""How routes reach the running server."""
+
+from typing import cast
+
+from starlette.requests import Request
+
+from server.runtime import Runtime
+
+
+def get_runtime(request: Request) -> Runtime:
+    return cast(Runtime, request.app.state.runtime)

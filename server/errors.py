@@ -1,0 +1,155 @@
+"""Errors a client sees, always in OpenAI's shape, and nothing of our insides in them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from server.schemas.errors import ErrorDetail, ErrorResponse
+
+MAX_MESSAGE = 400  # characters of a validation message, and of any name a client made up
+RETRY_SOON = 1  # seconds; a queue that is full now has room as soon as one request ends
+RETRY_LATER = 5  # seconds; loading, draining or restarting takes a while
+
+CODE_BY_VALIDATION_TYPE = {
+    "missing": "missing_required_parameter",
+    "extra_forbidden": "unknown_parameter",
+    "unsupported_value": "unsupported_value",
+    "unsupported_parameter": "unsupported_parameter",
+}
+
+
+class ApiError(Exception):
+    """A refusal or failure of one request: HTTP status and error body, or an error event inside a stream.
+
+    `retry_after` is in seconds. `should_retry` False tells OpenAI's SDK that the same request fails again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+        should_retry: bool | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.retry_after = retry_after
+        self.should_retry = should_retry
+        self.detail = ErrorDetail(
+            message=_printable(message), type=kind, param=param and _printable(param), code=code
+        )
+
+    @property
+    def body(self) -> ErrorResponse:
+        return ErrorResponse(self.detail)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        headers = {}
+        if self.retry_after is not None:
+            headers["retry-after"] = str(self.retry_after)
+        if self.should_retry is not None:
+            headers["x-should-retry"] = "true" if self.should_retry else "false"
+        return headers
+
+
+def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
+    """400: the client must change the request."""
+    return ApiError(400, message, param=param, code=code)
+
+
+def model_not_found(name: str) -> ApiError:
+    """404: not the model we serve."""
+    return ApiError(404, f"The model '{_cut(name)}' does not exist.", param="model", code="model_not_found")
+
+
+def too_large(limit: int) -> ApiError:
+    """413: the body exceeds the limit in bytes."""
+    return ApiError(413, f"The request body exceeds {limit} bytes.", code="request_too_large")
+
+
+def queue_full() -> ApiError:
+    """429: every slot is taken and the queue is full."""
+    return ApiError(
+        429,
+        "The server is busy and its queue is full; try again shortly.",
+        kind="rate_limit_exceeded",
+        code="rate_limit_exceeded",
+        retry_after=RETRY_SOON,
+    )
+
+
+def internal() -> ApiError:
+    """500: our fault; the log has the details."""
+    return ApiError(500, "The server had an error while processing your request.", kind="server_error")
+
+
+def generation_failed() -> ApiError:
+    """500: the engine gave up on this request alone; it would again."""
+    return ApiError(
+        500,
+        "The model failed on this request.",
+        kind="server_error",
+        code="generation_failed",
+        should_retry=False,
+    )
+
+
+def worker_lost() -> ApiError:
+    """500: the worker died or hung while this request was running on it."""
+    return ApiError(
+        500, "The worker died while generating; please retry.", kind="server_error", code="worker_lost"
+    )
+
+
+def unavailable(message: str, code: str) -> ApiError:
+    """503: not now, later perhaps."""
+    return ApiError(503, message, kind="overloaded", code=code, retry_after=RETRY_LATER)
+
+
+def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """400 from pydantic's error list: the first of them, named the way OpenAI names parameters."""
+    first = errors[0]
+    kind, location = str(first["type"]), tuple(first["loc"])
+    if kind == "json_invalid":
+        return invalid("The body of the request is not valid JSON.", code="invalid_json")
+    param = _param(location)
+    if param is None:
+        return invalid(
+            "The body of the request must be a JSON object sent as application/json.", code="invalid_body"
+        )
+    name = _cut(param)
+    code = CODE_BY_VALIDATION_TYPE.get(kind, "invalid_type" if kind.endswith("type") else "invalid_value")
+    match code:
+        case "unknown_parameter":
+            message = f"Unknown parameter: '{name}'."
+        case "missing_required_parameter":
+            message = f"Missing required parameter: '{name}'."
+        case "unsupported_parameter":
+            message = f"Unsupported parameter: '{name}'."
+        case _:
+            message = f"Invalid value for '{name}': {_cut(str(first['msg']))}."
+    return invalid(message, param=name, code=code)
+
+
+def _param(location: tuple[str | int, ...]) -> str | None:
+    """`messages[0].content` from ("body", "messages", 0, "content"); None for the body itself."""
+    path = ""
+    for part in location[1:] if location[:1] == ("body",) else location:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else part
+    return path or None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"
+
+
+def _printable(text: str) -> str:
+    """Without lone surrogates, which JSON lets a client send and UTF-8 cannot carry back."""
+    return text.encode("utf-8", "replace").decode("utf-8")

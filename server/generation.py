@@ -1,0 +1,95 @@
+"""From a job's tokens to its text: incremental detokenisation, stop strings, usage."""
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+from medusa_core.request import FinishReason
+from medusa_core.text import IncrementalDetokenizer, StopMatcher
+from medusa_core.tokenizer import ChatTokenizer
+from server.mailbox import Failed
+from server.scheduler import Job, Scheduler
+from server.schemas.chat import SpeculationUsage, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """Text that is final, "" if there is none yet; the last one carries the finish reason."""
+
+    text: str
+    finish_reason: FinishReason | None = None
+
+
+class Generation:
+    """Reads one job's mailbox to the end. What a reader that lags finds gathered becomes one delta."""
+
+    def __init__(self, job: Job, scheduler: Scheduler, chat: ChatTokenizer, stops: Sequence[str]) -> None:
+        self.job = job
+        self._scheduler = scheduler
+        self._detokenizer = IncrementalDetokenizer(chat.tokenizer)
+        self._stops = StopMatcher(stops) if stops else None
+        self._num_tokens = 0
+
+    async def deltas(self) -> AsyncIterator[TextDelta]:
+        """Ends with the delta that has a finish reason. Raises the job's `ApiError`.
+
+        Leaving early ends the job.
+        """
+        try:
+            while True:
+                token_ids, end = await self.job.mailbox.take()
+                text, hit = self._push(token_ids)
+                if hit:
+                    self._scheduler.stop(self.job)
+                    yield TextDelta(text, FinishReason.STOP)
+                    return
+                if isinstance(end, Failed):
+                    raise end.error
+                if end is not None:
+                    rest, hit = self._flush()
+                    yield TextDelta(text + rest, FinishReason.STOP if hit else end.reason)
+                    return
+                if text:
+                    yield TextDelta(text)
+        finally:
+            self._scheduler.cancel(self.job)
+
+    async def collect(self) -> TextDelta:
+        """The whole answer at once."""
+        pieces: list[str] = []
+        reason: FinishReason | None = None
+        async for delta in self.deltas():
+            pieces.append(delta.text)
+            reason = delta.finish_reason
+        return TextDelta("".join(pieces), reason)
+
+    def usage(self) -> Usage:
+        """Counts so far; tokens behind a stop string are not counted."""
+        job = self.job
+        length = job.decode_tokens / job.decode_steps if job.decode_steps else None
+        return Usage(
+            prompt_tokens=len(job.prompt_ids),
+            completion_tokens=self._num_tokens,
+            total_tokens=len(job.prompt_ids) + self._num_tokens,
+            speculation=SpeculationUsage(steps=job.decode_steps, acceptance_length=length),
+        )
+
+    def _push(self, token_ids: list[int]) -> tuple[str, bool]:
+        if self._stops is None:
+            self._num_tokens += len(token_ids)
+            return self._detokenizer.push(token_ids), False
+        # One by one, so that neither text nor usage depends on how the tokens were grouped.
+        pieces: list[str] = []
+        for token_id in token_ids:
+            self._num_tokens += 1
+            result = self._stops.push(self._detokenizer.push((token_id,)))
+            pieces.append(result.text)
+            if result.hit:
+                return "".join(pieces), True
+        return "".join(pieces), False
+
+    def _flush(self) -> tuple[str, bool]:
+        text = self._detokenizer.flush()
+        if self._stops is None:
+            return text, False
+        result = self._stops.push(text)
+        return result.text + self._stops.flush(), result.hit

@@ -1,0 +1,199 @@
+"""Every Prometheus metric of the server, named once. One registry an app, so that tests can run several.
+
+Estimated speedup of speculation = rate(medusa_baseline_seconds_total) / rate(medusa_decode_seconds_total).
+"""
+
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from medusa_core.request import FinishReason, SpeculationMode, StepStats
+
+REJECTED = "rejected"  # finish reason of requests that never got into the queue (429)
+FINISH_REASONS = (*FinishReason, REJECTED)
+
+STEP_BUCKETS = (
+    0.0005,
+    0.001,
+    0.002,
+    0.003,
+    0.005,
+    0.0075,
+    0.01,
+    0.015,
+    0.025,
+    0.05,
+    0.1,
+    0.2,
+    0.4,
+    0.8,
+    1.6,
+    5.0,
+)
+LATENCY_BUCKETS = (
+    0.0005,
+    0.001,
+    0.002,
+    0.005,
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+    300.0,
+)
+REQUEST_BUCKETS = (
+    0.01,
+    0.02,
+    0.05,
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+    2.0,
+    5.0,
+    10.0,
+    20.0,
+    60.0,
+    120.0,
+    300.0,
+    600.0,
+    1800.0,
+)
+ACCEPTANCE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8)
+
+
+class ServerMetrics:
+    """All metrics and the rules by which a step or a finished request changes them."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        steps = Counter("medusa_decode_steps", "Decode steps.", ["mode"], registry=registry)
+        tokens = Counter("medusa_generation_tokens", "Generated tokens.", ["mode"], registry=registry)
+        requests = Counter(
+            "medusa_requests",
+            "Requests by their end; 'rejected' found the queue full.",
+            ["finish_reason"],
+            registry=registry,
+        )
+        phases = Histogram(
+            "medusa_step_phase_seconds",
+            "Time of a decode step by phase.",
+            ["phase"],
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.drafted = Counter(
+            "medusa_drafted_tokens",
+            "Tree nodes drafted, by the head that drafted them (from 0).",
+            ["head"],
+            registry=registry,
+        )
+        self.accepted = Counter(
+            "medusa_accepted_tokens", "Drafted tokens accepted, by head.", ["head"], registry=registry
+        )
+        self.prompt_tokens = Counter("medusa_prompt_tokens", "Prompt tokens processed.", registry=registry)
+        self.acceptance_length = Histogram(
+            "medusa_acceptance_length",
+            "Tokens gained by a decode step.",
+            buckets=ACCEPTANCE_BUCKETS,
+            registry=registry,
+        )
+        self.time_to_first_token = Histogram(
+            "medusa_time_to_first_token_seconds",
+            "From acceptance of a request to its first token, queue included.",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token_latency = Histogram(
+            "medusa_inter_token_latency_seconds",
+            "Decode step time apportioned to the tokens it gained.",
+            buckets=STEP_BUCKETS,
+            registry=registry,
+        )
+        self.request_seconds = Histogram(
+            "medusa_request_seconds",
+            "From acceptance of a request to its end.",
+            buckets=REQUEST_BUCKETS,
+            registry=registry,
+        )
+        self.queue_wait = Histogram(
+            "medusa_queue_wait_seconds",
+            "Time a request waited for a slot.",
+            buckets=LATENCY_BUCKETS,
+            registry=registry,
+        )
+        self.queue_depth = Gauge("medusa_queue_depth", "Requests waiting for a slot.", registry=registry)
+        self.running = Gauge("medusa_running", "Requests in a slot.", registry=registry)
+        self.worker_restarts = Counter(
+            "medusa_worker_restarts", "Worker processes started again.", registry=registry
+        )
+        self.client_retries = Counter(
+            "medusa_client_retries", "Requests that OpenAI's SDK marked as retries.", registry=registry
+        )
+        self.decode_seconds = Counter(
+            "medusa_decode_seconds", "Time of decode steps whose baseline was measured.", registry=registry
+        )
+        self.baseline_seconds = Counter(
+            "medusa_baseline_seconds",
+            "What the tokens of those steps would have taken without speculation.",
+            registry=registry,
+        )
+        # Children are looked up once: a step touches a dozen of them.
+        self._steps = {mode: steps.labels(mode.value) for mode in SpeculationMode}
+        self._tokens = {mode: tokens.labels(mode.value) for mode in SpeculationMode}
+        self._requests = {reason: requests.labels(reason) for reason in FINISH_REASONS}
+        self._phases = [phases.labels(phase) for phase in ("propose", "verify", "commit")]
+        self._heads: list[tuple[Counter, Counter]] = []
+
+    def watch_queue(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
+        """Read the two gauges from their owner at each scrape."""
+        self.queue_depth.set_function(depth)
+        self.running.set_function(running)
+
+    def observe_step(self, stats: StepStats, num_tokens: int) -> None:
+        """Account for one engine step that gained `num_tokens` tokens."""
+        if num_tokens:
+            self._tokens[stats.mode].inc(num_tokens)
+        if stats.is_prefill:
+            self.prompt_tokens.inc(stats.prompt_tokens)
+            return
+        self._steps[stats.mode].inc()
+        for child, seconds in zip(
+            self._phases, (stats.propose_seconds, stats.verify_seconds, stats.commit_seconds), strict=True
+        ):
+            child.observe(seconds)
+        if num_tokens:
+            self.acceptance_length.observe(num_tokens)
+            for _ in range(num_tokens):
+                self.inter_token_latency.observe(stats.seconds / num_tokens)
+        if stats.baseline_seconds > 0.0:
+            self.decode_seconds.inc(stats.seconds)
+            self.baseline_seconds.inc(stats.baseline_seconds)
+        self._observe_heads(stats)
+
+    def observe_end(self, reason: str, seconds: float) -> None:
+        """Account for an accepted request that ended `seconds` after its acceptance."""
+        self._requests[reason].inc()
+        self.request_seconds.observe(seconds)
+
+    def observe_rejection(self) -> None:
+        self._requests[REJECTED].inc()
+
+    def _observe_heads(self, stats: StepStats) -> None:
+        while len(self._heads) < len(stats.drafted):
+            head = str(len(self._heads))
+            self._heads.append((self.drafted.labels(head), self.accepted.labels(head)))
+        for (drafted, accepted), num_drafted, num_accepted in zip(
+            self._heads, stats.drafted, stats.accepted, strict=False
+        ):
+            drafted.inc(num_drafted)
+            if num_accepted:
+                accepted.inc(num_accepted)

@@ -1,0 +1,100 @@
+"""`POST /v1/chat/completions`, streamed or not."""
+
+import asyncio
+import secrets
+import time
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server import errors
+from server.dependencies import get_runtime
+from server.generation import Generation, TextDelta
+from server.responses import json_response
+from server.runtime import LoadedModel, Runtime
+from server.schemas.chat import AssistantMessage, ChatCompletion, ChatRequest, Choice
+from server.schemas.errors import ErrorResponse
+from server.streaming import ChatStream, ChunkEncoder, chat_events
+
+CLIENT_CLOSED = 499  # nobody reads it; the access log does
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503)
+}
+
+router = APIRouter(tags=["chat"])
+
+
+@router.post("/v1/chat/completions", response_model=ChatCompletion, responses=REFUSALS)
+async def create_chat_completion(
+    body: ChatRequest, request: Request, runtime: Annotated[Runtime, Depends(get_runtime)]
+) -> Response:
+    """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
+    if body.model != runtime.settings.model_name:
+        raise errors.model_not_found(body.model)
+    model = runtime.require_model()
+    runtime.scheduler.check_room()  # before the work of tokenising
+    prepared = await model.prompts.prepare(body)
+    runtime.require_model()  # a drain may have begun meanwhile
+    completion_id = f"chatcmpl-{secrets.token_hex(12)}"
+    job = runtime.scheduler.submit(completion_id, prepared.prompt_ids, prepared.params)
+    generation = Generation(job, runtime.scheduler, model.chat, prepared.stops)
+    if body.stream:
+        return _stream(generation, body, model, runtime)
+    return await _complete(generation, request, model, runtime)
+
+
+def _stream(generation: Generation, body: ChatRequest, model: LoadedModel, runtime: Runtime) -> Response:
+    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+    encoder = ChunkEncoder(
+        completion_id=generation.job.request_id,
+        created=int(time.time()),
+        model=body.model,
+        fingerprint=model.fingerprint,
+        include_usage=include_usage,
+    )
+    return ChatStream(
+        chat_events(generation, encoder, include_usage=include_usage),
+        on_close=lambda: runtime.scheduler.cancel(generation.job),
+        keepalive=runtime.settings.keepalive,
+        send_timeout=runtime.settings.send_timeout,
+    )
+
+
+async def _complete(
+    generation: Generation, request: Request, model: LoadedModel, runtime: Runtime
+) -> Response:
+    answer = await _collect_unless_gone(generation, request)
+    if answer is None:
+        return Response(status_code=CLIENT_CLOSED)
+    assert answer.finish_reason is not None
+    completion = ChatCompletion(
+        id=generation.job.request_id,
+        created=int(time.time()),
+        model=runtime.settings.model_name,
+        system_fingerprint=model.fingerprint,
+        choices=[Choice(message=AssistantMessage(content=answer.text), finish_reason=answer.finish_reason)],
+        usage=generation.usage(),
+    )
+    return json_response(completion)
+
+
+async def _collect_unless_gone(generation: Generation, request: Request) -> TextDelta | None:
+    """The answer; None if the client disconnects first, whose job ends with that."""
+    collecting = asyncio.create_task(generation.collect())
+    watching = asyncio.create_task(_wait_disconnect(request))
+    try:
+        await asyncio.wait((collecting, watching), return_when=asyncio.FIRST_COMPLETED)
+        return collecting.result() if collecting.done() else None
+    finally:
+        for task in (collecting, watching):
+            task.cancel()
+        await asyncio.gather(collecting, watching, return_exceptions=True)
+
+
+async def _wait_disconnect(request: Request) -> None:
+    # The body has been read, so all that can still come is the disconnect.
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

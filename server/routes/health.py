@@ -1,0 +1,25 @@
+"""`/health`: the process answers. `/ready`: a request would be served now."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from server.dependencies import get_runtime
+from server.responses import json_response
+from server.runtime import Runtime
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/health")
+async def health() -> Response:
+    return json_response({"status": "ok"})
+
+
+@router.get("/ready", responses={503: {"description": "Not ready; `reason` says why."}})
+async def ready(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+    reason = runtime.why_not_ready()
+    if reason is None:
+        return json_response({"status": "ready"})
+    return json_response({"status": "unavailable", "reason": reason}, 503)

@@ -1,0 +1,17 @@
+"""`GET /metrics` for Prometheus, unless `MEDUSA_METRICS_PORT` gives it a port of its own."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from starlette.responses import Response
+
+from server.dependencies import get_runtime
+from server.runtime import Runtime
+
+router = APIRouter(tags=["operation"])
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+    return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,36 @@
+"""`GET /v1/models`: the one model that is served."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from server import errors
+from server.dependencies import get_runtime
+from server.responses import json_response
+from server.runtime import Runtime
+from server.schemas.errors import ErrorResponse
+from server.schemas.models import Model, ModelList
+
+router = APIRouter(tags=["models"])
+
+
+@router.get("/v1/models", response_model=ModelList)
+async def list_models(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+    return json_response(ModelList(data=[_model(runtime)]))
+
+
+# A name may hold slashes, as hub ids do.
+@router.get("/v1/models/{model:path}", response_model=Model, responses={404: {"model": ErrorResponse}})
+async def retrieve_model(model: str, runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+    if model != runtime.settings.model_name:
+        raise errors.model_not_found(model)
+    return json_response(_model(runtime))
+
+
+def _model(runtime: Runtime) -> Model:
+    return Model(
+        id=runtime.settings.model_name,
+        created=runtime.created,
+        context_length=runtime.model.info.context_length if runtime.model else None,
+    )

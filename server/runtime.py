@@ -1,0 +1,167 @@
+"""What a running server consists of, and its life: starting, serving, draining, stopped."""
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import msgspec
+from prometheus_client import start_http_server
+
+from medusa_core.errors import ConfigError, MedusaError
+from medusa_core.request import SpeculationMode
+from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+from server import errors
+from server.messages import ModelInfo
+from server.metrics import ServerMetrics
+from server.prompts import PromptBuilder
+from server.scheduler import Scheduler
+from server.settings import Settings
+from server.worker import WorkerConfig
+from server.worker_pool import PoolPolicy, WorkerPool
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """The served model once tokenizer and a worker are there."""
+
+    chat: ChatTokenizer
+    info: ModelInfo
+    prompts: PromptBuilder
+    fingerprint: str
+
+
+class Runtime:
+    """Owns scheduler, workers and the loaded model. Lives on one event loop."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.created = int(time.time())
+        self.metrics = ServerMetrics()
+        self.scheduler = Scheduler(
+            queue_limit=settings.queue_limit, request_timeout=settings.request_timeout, metrics=self.metrics
+        )
+        self.model: LoadedModel | None = None
+        self.start_error: MedusaError | None = None
+        self.is_draining = False
+        self.is_drained = False
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._exit = contextlib.ExitStack()
+        self.pool = WorkerPool(
+            [
+                WorkerConfig(
+                    model=settings.model,
+                    heads=settings.heads,
+                    engine=settings.engine_config(device),
+                    log_level=settings.log_level,
+                )
+                for device in settings.devices
+            ],
+            PoolPolicy(restart_limit=settings.restart_limit, stall_timeout=settings.stall_timeout),
+            self.scheduler,
+            self.metrics,
+        )
+
+    def start(self) -> None:
+        """Begin loading; meanwhile the server answers, and refuses requests with a 503."""
+        self._spawn(self._load())
+
+    def why_not_ready(self) -> str | None:
+        """None if a request would be served now."""
+        if self.start_error is not None:
+            return str(self.start_error)
+        if self.is_draining:
+            return "the server is shutting down"
+        if self.model is None:
+            return "the model is loading"
+        return self.pool.why_not_ready()
+
+    def require_model(self) -> LoadedModel:
+        """The model; raises a 503 `ApiError` while it loads and when the server is going down."""
+        if self.is_draining:
+            raise errors.unavailable("The server is shutting down.", "shutting_down")
+        if self.model is None:
+            raise errors.unavailable("The model is loading.", "model_loading")
+        return self.model
+
+    def start_drain(self) -> None:
+        """Refuse new requests; `is_drained` follows once the accepted ones have ended or the time is up."""
+        if not self.is_draining:
+            self.is_draining = True
+            self._spawn(self._drain())
+
+    async def stop(self) -> None:
+        """End whatever is left: requests with an error, workers politely."""
+        self.is_draining = True
+        self.scheduler.fail_all(errors.unavailable("The server is shutting down.", "shutting_down"))
+        for task in self._tasks:
+            task.cancel()
+        await self.pool.stop()
+        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._exit.close()
+
+    def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop itself holds tasks only weakly
+        task.add_done_callback(self._tasks.discard)
+
+    async def _load(self) -> None:
+        started = time.monotonic()
+        try:
+            self._start_metrics_server()
+            loop = asyncio.get_running_loop()
+            chat = await loop.run_in_executor(
+                self._executor, load_chat_tokenizer, self.settings.model, self.settings.chat_template
+            )
+            served = await self.pool.start()
+        except MedusaError as error:
+            self.start_error = error
+            return
+        self.model = LoadedModel(
+            chat=chat,
+            info=served.info,
+            prompts=PromptBuilder(
+                chat=chat,
+                info=served.info,
+                defaults=served.defaults,
+                default_mode=SpeculationMode(self.settings.speculation),
+                executor=self._executor,
+            ),
+            fingerprint="fp_" + hashlib.sha256(msgspec.json.encode(served.info)).hexdigest()[:12],
+        )
+        logger.info(
+            "model %s ready after %.1f s: %s",
+            self.settings.model_name,
+            time.monotonic() - started,
+            served.info,
+        )
+
+    def _start_metrics_server(self) -> None:
+        host, port = self.settings.host, self.settings.metrics_port
+        if port is None:
+            return
+        try:
+            server, _ = start_http_server(port, addr=host, registry=self.metrics.registry)
+        except OSError as error:
+            raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+        self._exit.callback(server.server_close)
+        self._exit.callback(server.shutdown)
+        logger.info("metrics on http://%s:%d/metrics", host, server.server_port)
+
+    async def _drain(self) -> None:
+        timeout = self.settings.drain_timeout
+        logger.info(
+            "draining: %d running, %d waiting", self.scheduler.num_running, self.scheduler.num_waiting
+        )
+        try:
+            await asyncio.wait_for(self.scheduler.wait_idle(), timeout)
+        except TimeoutError:
+            logger.warning("requests are left after %g s and end with an error", timeout)
+            self.scheduler.fail_all(errors.unavailable("The server is shutting down.", "shutting_down"))
+        self.is_drained = True

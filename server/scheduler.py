@@ -1,0 +1,213 @@
+"""The queue: admits requests, hands each to a worker with a free slot, and ends every one exactly once.
+
+All of it runs on the event loop's thread, so nothing here locks. Waiting requests live in this process only:
+they survive the loss of a worker, and cancelling one costs nothing.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
+
+from medusa_core.request import FinishReason, SamplingParams, StepOutput
+from server import errors
+from server.errors import ApiError
+from server.mailbox import End, Failed, Finished, Mailbox
+from server.metrics import ServerMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerPort(Protocol):
+    """What the scheduler sees of a worker that is ready."""
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a request."""
+
+    def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+        """Take the request into a free slot; never blocks."""
+
+    def abort(self, request_id: str) -> None:
+        """Free the request's slot; a request that has left already is ignored."""
+
+
+class JobState(Enum):
+    """Where an accepted request is."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One accepted request. Times are of the monotonic clock; the scheduler alone changes a job."""
+
+    request_id: str
+    prompt_ids: list[int]
+    params: SamplingParams
+    arrived: float
+    mailbox: Mailbox = field(default_factory=Mailbox)
+    state: JobState = JobState.WAITING
+    worker: WorkerPort | None = None
+    timer: asyncio.TimerHandle | None = None
+    has_tokens: bool = False
+    decode_steps: int = 0
+    decode_tokens: int = 0
+
+
+class Scheduler:
+    """Owns every accepted request from admission to its end."""
+
+    def __init__(self, *, queue_limit: int, request_timeout: float, metrics: ServerMetrics) -> None:
+        self._queue_limit = queue_limit
+        self._request_timeout = request_timeout
+        self._metrics = metrics
+        self._waiting: dict[str, Job] = {}
+        self._running: dict[str, Job] = {}
+        self._workers: list[WorkerPort] = []
+        self._are_workers_gone = False
+        self._idle = asyncio.Event()
+        self._idle.set()
+        metrics.watch_queue(lambda: len(self._waiting), lambda: len(self._running))
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def check_room(self) -> None:
+        """Raise what a request that came now would be refused with: no worker (503), no room (429)."""
+        if self._are_workers_gone:
+            raise _no_worker()
+        if len(self._waiting) >= self._queue_limit and not any(worker.num_free for worker in self._workers):
+            self._metrics.observe_rejection()
+            raise errors.queue_full()
+
+    def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Job:
+        """Accept a request, which gets exactly one end in its mailbox. Raises like `check_room`."""
+        self.check_room()
+        job = Job(request_id, prompt_ids, params, arrived=time.monotonic())
+        job.timer = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, job)
+        self._waiting[request_id] = job
+        self._idle.clear()
+        self._dispatch()
+        return job
+
+    def cancel(self, job: Job) -> None:
+        """The client has gone. Nothing happens to a job that has ended."""
+        self._end(job, Finished(FinishReason.ABORT))
+
+    def stop(self, job: Job) -> None:
+        """A stop string was found in its text."""
+        self._end(job, Finished(FinishReason.STOP))
+
+    def fail_all(self, error: ApiError) -> None:
+        """End everything, waiting and running."""
+        for job in [*self._waiting.values(), *self._running.values()]:
+            self._end(job, Failed(error))
+
+    async def wait_idle(self) -> None:
+        """Until no accepted request is left."""
+        await self._idle.wait()
+
+    # What workers report
+
+    def worker_ready(self, worker: WorkerPort) -> None:
+        self._workers.append(worker)
+        self._dispatch()
+
+    def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
+        """Tokens of a step. What a request that has ended still gets is dropped."""
+        num_tokens = len(output.token_ids)
+        if output.stats is not None:
+            self._metrics.observe_step(output.stats, num_tokens)
+        job = self._running.get(output.request_id)
+        if job is None or job.worker is not worker:
+            return
+        self._count(job, output, num_tokens)
+        job.mailbox.put(output.token_ids)
+        match output.finish_reason:
+            case None:
+                pass
+            case FinishReason.ERROR:
+                logger.error("request %s failed on the worker: %s", job.request_id, output.error)
+                self._end(job, Failed(errors.generation_failed()))
+            case reason:
+                self._end(job, Finished(reason))
+
+    def worker_rejected(self, worker: WorkerPort, request_id: str, message: str, param: str | None) -> None:
+        """The engine refused one request before its first step."""
+        job = self._running.get(request_id)
+        if job is not None and job.worker is worker:
+            self._end(job, Failed(errors.invalid(message, param=param)))
+
+    def worker_lost(self, worker: WorkerPort) -> None:
+        """The worker is gone: its requests fail, since their text so far cannot be continued elsewhere."""
+        if worker in self._workers:
+            self._workers.remove(worker)
+        for job in [job for job in self._running.values() if job.worker is worker]:
+            self._end(job, Failed(errors.worker_lost()))
+
+    def workers_gone(self) -> None:
+        """The pool has given up: there is nothing to wait for."""
+        self._are_workers_gone = True
+        self.fail_all(_no_worker())
+
+    # Transitions
+
+    def _dispatch(self) -> None:
+        while self._waiting and self._workers:
+            worker = max(self._workers, key=lambda w: w.num_free)
+            if worker.num_free == 0:
+                return
+            job = self._waiting.pop(next(iter(self._waiting)))
+            job.state, job.worker = JobState.RUNNING, worker
+            self._running[job.request_id] = job
+            self._metrics.queue_wait.observe(time.monotonic() - job.arrived)
+            worker.submit(job.request_id, job.prompt_ids, job.params)
+
+    def _expire(self, job: Job) -> None:
+        if job.state is JobState.RUNNING:
+            logger.warning("request %s cut short: it ran into the request timeout", job.request_id)
+            self._end(job, Finished(FinishReason.LENGTH))
+        else:
+            logger.warning("request %s refused: no slot within the request timeout", job.request_id)
+            self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
+
+    def _end(self, job: Job, end: End) -> None:
+        if job.state is JobState.ENDED:
+            return
+        was_running, job.state = job.state is JobState.RUNNING, JobState.ENDED
+        if job.timer is not None:
+            job.timer.cancel()
+        if was_running:
+            del self._running[job.request_id]
+            assert job.worker is not None
+            job.worker.abort(job.request_id)
+        else:
+            del self._waiting[job.request_id]
+        job.mailbox.close(end)
+        reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
+        self._metrics.observe_end(reason, time.monotonic() - job.arrived)
+        if not self._waiting and not self._running:
+            self._idle.set()
+        self._dispatch()
+
+    def _count(self, job: Job, output: StepOutput, num_tokens: int) -> None:
+        if num_tokens and not job.has_tokens:
+            job.has_tokens = True
+            self._metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
+        if output.stats is not None and not output.stats.is_prefill:
+            job.decode_steps += 1
+            job.decode_tokens += num_tokens
+
+
+def _no_worker() -> ApiError:
+    return errors.unavailable("No worker is available.", "no_worker")

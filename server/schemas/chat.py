@@ -1,0 +1,241 @@
+"""Bodies of `POST /v1/chat/completions`.
+
+The request is strict: what we do not know is refused, and what we cannot honour too unless it is neutral.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from msgspec import UNSET, Struct, UnsetType
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
+
+from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
+from medusa_core.request import MAX_SEED
+from server.schemas.neutral import Neutral
+
+MAX_MESSAGES = 2048
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters
+MAX_TOP_K = 2**31 - 1
+MIN_SEED = -(2**63)  # OpenAI's seeds are signed 64-bit integers; ours may also be unsigned ones
+
+TEXT_PARTS_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "additionalProperties": False,
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
+STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class _Strict(BaseModel):
+    # allow_inf_nan: Python's JSON reader accepts NaN and Infinity.
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TextPart(_Strict):
+    """A part of a message's content; images, audio and files are not served."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(_Strict):
+    """One message. The nullable fields are those an SDK sends back with an assistant's earlier answer."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        list[TextPart],
+        BeforeValidator(_as_parts),
+        Field(min_length=1),
+        WithJsonSchema({"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA]}),
+    ]
+    name: Annotated[str | None, Neutral()] = None
+    refusal: Annotated[str | None, Neutral()] = None
+    audio: Annotated[dict[str, Any] | None, Neutral()] = None
+    function_call: Annotated[dict[str, Any] | None, Neutral()] = None
+    tool_calls: Annotated[list[Any] | None, Neutral([])] = None
+    annotations: Annotated[list[Any] | None, Neutral([])] = None
+
+    @property
+    def text(self) -> str:
+        return "".join(part.text for part in self.content)
+
+
+class StreamOptions(_Strict):
+    """Options of a stream."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Annotated[bool | None, Neutral(False)] = None
+
+
+class Speculation(_Strict):
+    """Our extension. `exact` and `off` give the same text; `typical` (Medusa paper §2.3.1) is *not* lossless.
+
+    `mode` null is the server's default. `epsilon` and `delta` matter in typical mode only.
+    """
+
+    mode: Literal["exact", "typical", "off"] | None = None
+    tree: Annotated[str, Field(min_length=1, max_length=64)] = "dynamic"
+    epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = TYPICAL_EPSILON
+    delta: Annotated[float, Field(ge=0.0, le=1.0)] = TYPICAL_DELTA
+
+
+class ChatRequest(_Strict):
+    """The request.
+
+    Sampling values left out come from the model's generation_config.json, then OpenAI's defaults.
+    """
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    max_tokens: Annotated[int | None, Field(ge=1)] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0.0, le=2.0)] = None
+    top_p: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
+    seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
+    stop: Annotated[
+        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None,
+        BeforeValidator(_as_list),
+        Field(max_length=MAX_STOPS),
+        WithJsonSchema(
+            {
+                "anyOf": [
+                    STOP_SCHEMA,
+                    {"type": "array", "maxItems": MAX_STOPS, "items": STOP_SCHEMA},
+                    {"type": "null"},
+                ]
+            }
+        ),
+    ] = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    # Extensions
+    top_k: Annotated[int | None, Field(ge=0, le=MAX_TOP_K, description="0 is off")] = None
+    min_p: Annotated[float | None, Field(ge=0.0, le=1.0)] = None
+    speculation: Speculation | None = None
+
+    # Inert: they do not change the answer
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    parallel_tool_calls: bool | None = None
+
+    # Not served: neutral values only
+    n: Annotated[int | None, Neutral(1)] = None
+    presence_penalty: Annotated[float | None, Neutral(0)] = None
+    frequency_penalty: Annotated[float | None, Neutral(0)] = None
+    logit_bias: Annotated[dict[str, float] | None, Neutral({})] = None
+    logprobs: Annotated[bool | None, Neutral(False)] = None
+    top_logprobs: Annotated[int | None, Neutral(0)] = None
+    response_format: Annotated[dict[str, Any] | None, Neutral({"type": "text"})] = None
+    tools: Annotated[list[Any] | None, Neutral([])] = None
+    tool_choice: Annotated[str | None, Neutral("none", "auto")] = None
+    functions: Annotated[list[Any] | None, Neutral([])] = None
+    function_call: Annotated[str | None, Neutral("none", "auto")] = None
+    modalities: Annotated[list[str] | None, Neutral(["text"])] = None
+    audio: Annotated[dict[str, Any] | None, Neutral()] = None
+    prediction: Annotated[dict[str, Any] | None, Neutral()] = None
+    reasoning_effort: Annotated[str | None, Neutral("none")] = None
+    verbosity: Annotated[str | None, Neutral("medium")] = None
+    service_tier: Annotated[str | None, Neutral("auto", "default")] = None
+    store: Annotated[bool | None, Neutral(False)] = None
+    web_search_options: Annotated[dict[str, Any] | None, Neutral()] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpeculationUsage:
+    """Our extension of usage: decode steps of this request, and tokens per step (null without a step)."""
+
+    steps: int
+    acceptance_length: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts of one request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    speculation: SpeculationUsage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AssistantMessage:
+    """The answer's message."""
+
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """The only choice; `finish_reason` is "stop" or "length"."""
+
+    message: AssistantMessage
+    finish_reason: str
+    index: int = 0
+    logprobs: None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatCompletion:
+    """The whole answer of a request that does not stream; `created` is Unix time."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Choice]
+    usage: Usage
+    object: str = "chat.completion"
+
+
+class Delta(Struct, omit_defaults=True, frozen=True):
+    """What a chunk adds to the message."""
+
+    role: str | None = None
+    content: str | None = None
+
+
+class ChunkChoice(Struct, frozen=True, kw_only=True):
+    """The only choice of a chunk."""
+
+    index: int = 0
+    delta: Delta
+    logprobs: None = None
+    finish_reason: str | None = None
+
+
+class ChatChunk(Struct, frozen=True, kw_only=True):
+    """One event of a stream; `usage` is left out unless the client asked for it."""
+
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: tuple[ChunkChoice, ...]
+    usage: Usage | UnsetType | None = UNSET

@@ -1,0 +1,145 @@
+"""Settings from the environment (`MEDUSA_…`) or flags of `medusa serve`, checked before anything starts."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.errors import ConfigError
+
+PREFIX = "MEDUSA_"
+EMBEDDED_NAME = "medusa-demo"
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Everything that can be set: `MEDUSA_<FIELD>` in the environment, `--<field>` as a flag."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+
+    model: str = Field(
+        str(EMBEDDED_MODEL), description="Model directory or hub id; the embedded demo model if unset."
+    )
+    heads: str | None = Field(
+        None, description="Medusa heads: a directory or file, or 'none'. Unset: those found beside the model."
+    )
+    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
+    port: Port = Field(8000, description="Port to listen on; 0 picks a free one.")
+    metrics_port: Port | None = Field(
+        None, description="Serve /metrics on this port of the same host instead."
+    )
+    dtype: str = Field("auto", description="Weights and arithmetic: auto, float32, bfloat16 or float16.")
+    device: str = Field(
+        "auto",
+        min_length=1,
+        description="auto, cpu, cuda or cuda:N; several, comma-separated, start a worker each.",
+    )
+    max_length: int | None = Field(
+        None, description="Tokens of prompt and answer together, at most the model's."
+    )
+    slots: int = Field(1, description="Requests in progress at once in a worker; they take turns.")
+    queue_limit: int = Field(
+        64, ge=0, le=100_000, description="Requests that may wait for a slot before 429."
+    )
+    request_timeout: Seconds = Field(600.0, description="Seconds a request may wait and run.")
+    drain_timeout: Seconds = Field(30.0, description="Seconds that requests have to finish after SIGTERM.")
+    stall_timeout: Seconds = Field(
+        120.0, description="Seconds without a step before a busy worker counts as hung."
+    )
+    keepalive: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        10.0, description="Seconds between keep-alive comments in a stream; 0 sends none."
+    )
+    send_timeout: Seconds = Field(
+        60.0, description="Seconds a client may leave a chunk unread before it is cut off."
+    )
+    served_name: str | None = Field(
+        None, min_length=1, description="Model name in the API; default from the model."
+    )
+    chat_template: str | None = Field(
+        None, description="Chat template: a file, or the name of an included one."
+    )
+    tree_nodes: int | None = Field(
+        None, description="Draft tree nodes, root included; unset: chosen by measuring."
+    )
+    static_tree: str | None = Field(
+        None,
+        description="What tree 'static' is: a published name or a JSON file; unset: grown for the heads.",
+    )
+    measure: bool = Field(
+        True, description="Time steps at start to choose the tree and estimate the speedup."
+    )
+    speculation: Literal["exact", "typical", "off"] = Field(
+        "exact", description="Mode of requests that name none. 'typical' is not lossless."
+    )
+    restart_limit: int = Field(
+        5, ge=0, le=1000, description="Worker restarts in a row without a completed step."
+    )
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+
+    @model_validator(mode="after")
+    def _check_engine_config(self) -> Self:
+        self.engine_config(self.devices[0])
+        return self
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """One worker is started for each."""
+        return tuple(part.strip() for part in self.device.split(","))
+
+    @property
+    def model_name(self) -> str:
+        """The name clients ask for."""
+        if self.served_name is not None:
+            return self.served_name
+        path = Path(self.model)
+        if path == EMBEDDED_MODEL:
+            return EMBEDDED_NAME
+        return path.resolve().name if path.is_dir() else self.model
+
+    def engine_config(self, device: str) -> EngineConfig:
+        """What the engine on `device` is built with. Raises `ConfigError`."""
+        return EngineConfig(
+            dtype=self.dtype,
+            device=device,
+            max_length=self.max_length,
+            slots=self.slots,
+            tree_nodes=self.tree_nodes,
+            static_tree=self.static_tree,
+            measure=self.measure,
+            chat_template=self.chat_template,
+        )
+
+
+def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:
+    """Settings from `flags` (None values are unset), then the environment, then defaults.
+
+    Raises `ConfigError` whose message names every bad setting in one line.
+    """
+    given = {name: value for name, value in (flags or {}).items() if value is not None}
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        problems = "; ".join(_explain(item["loc"], item["msg"], given) for item in error.errors())
+        raise ConfigError(problems) from None
+
+
+def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
+    """Names of `MEDUSA_…` variables that mean nothing here: most likely typing mistakes."""
+    known = {PREFIX + name.upper() for name in Settings.model_fields}
+    return sorted(name for name in environment if name.startswith(PREFIX) and name.upper() not in known)
+
+
+def _explain(location: tuple[int | str, ...], message: str, flags: Mapping[str, Any]) -> str:
+    name = str(location[0]) if location else ""
+    text = message[:1].lower() + message[1:]
+    if not name:
+        return text
+    given = flags.get(name, os.environ.get(PREFIX + name.upper()))
+    return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {text}, got {str(given)[:100]!r}"
