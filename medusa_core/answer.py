@@ -67,7 +67,7 @@ class DecodeTotals:
 
     def summary(self) -> str:
         """One line for people."""
-        speedup = self.estimated_speedup
+        speedup = self.estimated_speedup if self.tokens_per_step > 1.0 else None
         return (
             f"{self.tokens} tokens, {self.tokens_per_second:.0f} tokens/s, "
             f"{self.tokens_per_step:.2f} tokens/step"

@@ -134,6 +134,9 @@ class SamplingOptions:
     mode: SpeculationMode
     tree: str
 
+    def __post_init__(self) -> None:
+        self.resolve(SamplingParams())  # a mistake shows before the model takes its time to load
+
     def resolve(self, defaults: SamplingParams) -> SamplingParams:
         """`defaults` with what was given, and a fresh seed if none was. Raises ConfigError."""
         names = ("max_tokens", "temperature", "top_p", "top_k", "min_p")
