@@ -5,7 +5,7 @@ Estimated speedup of speculation = rate(medusa_baseline_seconds_total) / rate(me
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from medusa_core.request import FinishReason, SpeculationMode, StepStats
 
@@ -70,10 +70,16 @@ REQUEST_BUCKETS = (
 ACCEPTANCE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
+def acceptance_length(stats: StepStats) -> int:
+    """Tokens the step decided, also those behind a stop: its accepted drafts and the one always gained."""
+    return 1 + sum(stats.accepted)
+
+
 class ServerMetrics:
     """All metrics and the rules by which a step or a finished request changes them."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # a second series for each counter that nobody plots
         self.registry = registry = CollectorRegistry()
         steps = Counter("medusa_decode_steps", "Decode steps.", ["mode"], registry=registry)
         tokens = Counter("medusa_generation_tokens", "Generated tokens.", ["mode"], registry=registry)
@@ -102,7 +108,7 @@ class ServerMetrics:
         self.prompt_tokens = Counter("medusa_prompt_tokens", "Prompt tokens processed.", registry=registry)
         self.acceptance_length = Histogram(
             "medusa_acceptance_length",
-            "Tokens gained by a decode step.",
+            "Tokens decided by a decode step.",
             buckets=ACCEPTANCE_BUCKETS,
             registry=registry,
         )
@@ -170,8 +176,8 @@ class ServerMetrics:
             self._phases, (stats.propose_seconds, stats.verify_seconds, stats.commit_seconds), strict=True
         ):
             child.observe(seconds)
+        self.acceptance_length.observe(acceptance_length(stats))
         if num_tokens:
-            self.acceptance_length.observe(num_tokens)
             for _ in range(num_tokens):
                 self.inter_token_latency.observe(stats.seconds / num_tokens)
         if stats.baseline_seconds > 0.0:

@@ -15,7 +15,7 @@ from medusa_core.request import FinishReason, SamplingParams, StepOutput
 from server import errors
 from server.errors import ApiError
 from server.mailbox import End, Failed, Finished, Mailbox
-from server.metrics import ServerMetrics
+from server.metrics import ServerMetrics, acceptance_length
 
 logger = logging.getLogger(__name__)
 
@@ -206,7 +206,7 @@ class Scheduler:
             self._metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
         if output.stats is not None and not output.stats.is_prefill:
             job.decode_steps += 1
-            job.decode_tokens += num_tokens
+            job.decode_tokens += acceptance_length(output.stats)
 
 
 def _no_worker() -> ApiError:

@@ -23,9 +23,7 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
-    model: str = Field(
-        str(EMBEDDED_MODEL), description="Model directory or hub id; the embedded demo model if unset."
-    )
+    model: str = Field(str(EMBEDDED_MODEL), description="Model directory or hub id.")
     heads: str | None = Field(
         None, description="Medusa heads: a directory or file, or 'none'. Unset: those found beside the model."
     )

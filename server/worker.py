@@ -1,8 +1,8 @@
 """The worker process: owns the engine, obeys commands from one pipe and reports events through another.
 
-It ignores SIGINT and SIGTERM, which go to the whole process group, and leaves on a `Shutdown`, when the command
-pipe ends, or when the parent is gone. An engine error that is not one request's own ends the process, since its
-state is unknown then.
+It ignores SIGINT and SIGTERM, which go to the whole process group, and leaves on a `Shutdown`, when the
+command pipe ends, or when the parent is gone. An engine error that is not one request's own ends the process,
+since its state is unknown then.
 """
 
 import logging

@@ -185,8 +185,8 @@ class Usage:
 class AssistantMessage:
     """The answer's message."""
 
-    content: str
     role: str = "assistant"
+    content: str
     refusal: None = None
 
 
@@ -194,10 +194,10 @@ class AssistantMessage:
 class Choice:
     """The only choice; `finish_reason` is "stop" or "length"."""
 
-    message: AssistantMessage
-    finish_reason: str
     index: int = 0
+    message: AssistantMessage
     logprobs: None = None
+    finish_reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,12 +205,12 @@ class ChatCompletion:
     """The whole answer of a request that does not stream; `created` is Unix time."""
 
     id: str
+    object: str = "chat.completion"
     created: int
     model: str
     system_fingerprint: str
     choices: list[Choice]
     usage: Usage
-    object: str = "chat.completion"
 
 
 class Delta(Struct, omit_defaults=True, frozen=True):

@@ -8,15 +8,15 @@ class Model:
     """One served model. `context_length` (tokens) is ours; it is null until the model has loaded."""
 
     id: str
-    created: int
-    context_length: int | None
     object: str = "model"
+    created: int
     owned_by: str = "medusa"
+    context_length: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelList:
     """All served models."""
 
-    data: list[Model]
     object: str = "list"
+    data: list[Model]
