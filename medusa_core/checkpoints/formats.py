@@ -61,7 +61,9 @@ def parse_layout(source: str, tensors: dict[str, Tensor]) -> HeadLayout:
     parsed = [match for match in map(KEY.fullmatch, tensors) if match]
     blocks = [match for match in parsed if match["part"]]
     if not blocks:
-        raise CheckpointError(f"{source} holds no Medusa heads (keys like 0.0.linear.weight): {_some(tensors)}")
+        raise CheckpointError(
+            f"{source} holds no Medusa heads (keys like 0.0.linear.weight): {_some(tensors)}"
+        )
     layout = HeadLayout(
         num_heads=1 + max(int(match["head"]) for match in parsed),
         num_layers=1 + max(int(match["layer"]) for match in blocks),
@@ -101,7 +103,9 @@ def check_tensors(source: str, tensors: dict[str, Tensor], layout: HeadLayout, h
     for key, tensor in tensors.items():
         expected = _expected_shape(key, hidden_size, rows)
         if tuple(tensor.shape) != expected:
-            raise CheckpointError(f"{source}: {key} has shape {list(tensor.shape)}, expected {list(expected)}")
+            raise CheckpointError(
+                f"{source}: {key} has shape {list(tensor.shape)}, expected {list(expected)}"
+            )
     return rows
 
 

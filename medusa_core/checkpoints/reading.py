@@ -119,7 +119,9 @@ def _check_vocabulary(
     """Output rows the heads get."""
     if not layout.has_output:
         if lm_head_weight is None:
-            raise CheckpointError(f"{source}: these heads share the backbone's output layer, which was not given")
+            raise CheckpointError(
+                f"{source}: these heads share the backbone's output layer, which was not given"
+            )
         return min(vocab_size, len(lm_head_weight))
     limit = vocab_size if lm_head_weight is None else max(vocab_size, len(lm_head_weight))
     if not 0 < rows <= limit:

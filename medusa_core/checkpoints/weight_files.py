@@ -50,7 +50,9 @@ class Repository:
             return None
         except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(f"{self.name} is no local directory and no Hub download: {reason[0]}") from error
+            raise CheckpointError(
+                f"{self.name} is no local directory and no Hub download: {reason[0]}"
+            ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

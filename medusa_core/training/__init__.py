@@ -1,0 +1,1 @@
+"""Training draft heads on a frozen backbone (extra `train`: needs accelerate)."""

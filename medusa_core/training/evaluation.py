@@ -1,0 +1,67 @@
+"""How well heads guess the frozen backbone's greedy tokens on held-out dialogues."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_core.training.data import NO_TARGET, Collator, Example, ExampleDataset
+from medusa_core.training.loss import CHUNK_ELEMENTS, Targets, find_targets
+from medusa_core.training.model import HeadTrainer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadEvaluation:
+    """Per head: share of target tokens where its best guess is the backbone's greedy token, and the cross-entropy
+    against the backbone's distribution in nats. `targets` tokens were judged (slightly fewer for later heads)."""
+
+    accuracy: tuple[float, ...]
+    loss: tuple[float, ...]
+    targets: int
+
+
+@torch.inference_mode()
+def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: int) -> HeadEvaluation | None:
+    """Judge the heads on every target token of the examples; None without examples."""
+    if not examples:
+        return None
+    num_heads = model.heads.num_heads
+    device = model.backbone.device
+    hits_K, loss_K, count_K = torch.zeros(3, num_heads, dtype=torch.float64, device=device)
+    collate = Collator()
+    dataset = ExampleDataset(sorted(examples, key=lambda example: len(example.input_ids)))
+    for start in range(0, len(dataset), batch_size):
+        rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
+        batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
+        targets = find_targets(batch["labels"], num_heads, NO_TARGET)
+        batch_hits_K, batch_loss_K = _judge(model, model.hidden(batch["input_ids"]).flatten(0, 1), targets)
+        hits_K += batch_hits_K
+        loss_K += batch_loss_K
+        count_K += targets.weight_KN.sum(-1)
+    seen_K = count_K.clamp(min=1)
+    return HeadEvaluation(
+        accuracy=tuple((hits_K / seen_K).tolist()),
+        loss=tuple((loss_K / seen_K).tolist()),
+        targets=int(count_K[0]),
+    )
+
+
+def _judge(model: HeadTrainer, hidden_NE: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+    """Hits and summed cross-entropy of each head [K] on one batch, chunk by chunk."""
+    heads = model.heads
+    teacher = model.teacher(hidden_NE, targets)
+    hits_K, loss_K = torch.zeros(2, heads.num_heads, dtype=torch.float64, device=hidden_NE.device)
+    size = max(1, CHUNK_ELEMENTS // heads.vocab_size)
+    for start in range(0, targets.token_N.numel(), size):
+        chunk = slice(start, start + size)
+        probabilities_CV = teacher.probabilities(chunk)
+        greedy_C = probabilities_CV.argmax(-1)
+        features_KCE = heads.features(hidden_NE[targets.source_KN[:, chunk]])
+        for head in range(heads.num_heads):
+            weight_C = targets.weight_KN[head, chunk]
+            output_VE = heads.output_weight(head).to(features_KCE.dtype)
+            log_q_CV = torch.log_softmax(features_KCE[head] @ output_VE.T, -1, dtype=torch.float32)
+            hits_K[head] += ((log_q_CV.argmax(-1) == greedy_C) * weight_C).sum()
+            loss_K[head] -= (torch.linalg.vecdot(log_q_CV, probabilities_CV) * weight_C).sum()
+    return hits_K, loss_K
