@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from medusa_core import command_options as options
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.errors import ConfigError
 from medusa_core.request import SpeculationMode
@@ -17,45 +18,54 @@ if TYPE_CHECKING:
     from medusa_core.benchmark.prompts import Prompt
     from medusa_core.engine import Engine
 
-MAX_TOKENS = 128
-
 
 def bench(
-    model: Annotated[str, typer.Option(help="Model directory or Hub name.")] = str(EMBEDDED_MODEL),
-    heads: Annotated[
-        str | None, typer.Option(help="Draft heads; those beside the model if not given.")
-    ] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help="JSONL file (.gz too) of objects with `messages`; 24 short dialogues if not given."
+            help="JSONL file (.gz too) of objects with `messages`.", show_default="24 short dialogue openings"
         ),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="New tokens per prompt.")] = MAX_TOKENS,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling; 1 is off.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the first prompt; the others count up.")] = 0,
-    mode: Annotated[
-        SpeculationMode, typer.Option(help="Acceptance rule of the Medusa runs.")
-    ] = SpeculationMode.EXACT,
-    tree: Annotated[str, typer.Option(help="dynamic, static or a published tree's name.")] = "dynamic",
-    tree_nodes: Annotated[
-        int | None,
-        typer.Option(help="Size of dynamic and static trees, root included; the fastest if not given."),
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use only the first prompts.", show_default="all")
     ] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and variant.")] = 1,
     compare_hf: Annotated[
-        bool, typer.Option("--compare-hf", help="Also run transformers' generate.")
+        bool, typer.Option("--compare-hf", help="Also run transformers' generate on the same weights.")
     ] = False,
     inflate: Annotated[
-        str | None, typer.Option(help="1b: pad the model to a 1.2 B Llama shape that computes the same.")
+        str | None,
+        typer.Option(
+            help="1b: pad the model to a 1.2 B Llama shape that computes the same.", show_default="as it is"
+        ),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Write the report here.")
+        Path | None, typer.Option("--json", dir_okay=False, help="Write the figures here.")
     ] = None,
+    model: options.ModelOption = str(EMBEDDED_MODEL),
+    heads: options.HeadsOption = None,
+    dtype: options.DtypeOption = "auto",
+    device: options.DeviceOption = "auto",
+    max_length: options.MaxLengthOption = None,
+    chat_template: options.ChatTemplateOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of an answer.", rich_help_panel=options.SAMPLING_PANEL)
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="0 is greedy.", rich_help_panel=options.SAMPLING_PANEL)
+    ] = 0.0,
+    top_p: Annotated[
+        float, typer.Option(help="Nucleus sampling; 1 is off.", rich_help_panel=options.SAMPLING_PANEL)
+    ] = 1.0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help="Seed of the first prompt; the others count up.", rich_help_panel=options.SAMPLING_PANEL
+        ),
+    ] = 0,
+    mode: options.ModeOption = SpeculationMode.EXACT,
+    tree: options.TreeOption = "dynamic",
+    tree_nodes: options.TreeNodesOption = None,
 ) -> None:
     """Measure decoding with and without Medusa, interleaved on the same prompts in one process."""
     _check_output(json_file)
@@ -73,7 +83,9 @@ def bench(
         repeats=repeats,
         compare_hf=compare_hf,
     )
-    config = EngineConfig(dtype=dtype, device=device, tree_nodes=tree_nodes)
+    config = EngineConfig(
+        dtype=dtype, device=device, max_length=max_length, tree_nodes=tree_nodes, chat_template=chat_template
+    )
     conversations = load_prompts(prompts or DEFAULT_PROMPTS, limit)
     notes = Console(stderr=True)
     with notes.status("loading the model and measuring step times"):

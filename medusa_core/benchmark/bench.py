@@ -18,8 +18,6 @@ from medusa_core.engine import Engine
 from medusa_core.errors import ConfigError, DataError, TokenizerError
 from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
 
-DEFAULT_MAX_TOKENS = 128
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSettings:
@@ -27,7 +25,7 @@ class BenchSettings:
 
     temperature: float = 0.0
     top_p: float = 1.0
-    max_tokens: int = DEFAULT_MAX_TOKENS
+    max_tokens: int = 128
     mode: SpeculationMode = SpeculationMode.EXACT
     tree: str = "dynamic"
     seed: int = 0
