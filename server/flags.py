@@ -8,6 +8,8 @@ import typer
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings
 
+from server.settings import SHOWN_DEFAULT
+
 
 def settings_flags(settings: type[BaseSettings]) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator for a typer command that takes `**flags`: one `--flag` for each field of `settings`.
@@ -38,9 +40,15 @@ def _annotation(settings: type[BaseSettings], name: str, field: FieldInfo) -> An
         envvar=f"{settings.model_config.get('env_prefix', '')}{name}".upper(),
         help=field.description,
         metavar=_metavar(field.annotation),
-        show_default=False if field.default is None else str(field.default),
+        show_default=_shown_default(field),
     )
     return Annotated[str | None, option]
+
+
+def _shown_default(field: FieldInfo) -> str | bool:
+    if isinstance(field.json_schema_extra, dict) and SHOWN_DEFAULT in field.json_schema_extra:
+        return str(field.json_schema_extra[SHOWN_DEFAULT])
+    return False if field.default is None else str(field.default)
 
 
 def _metavar(annotation: Any) -> str:

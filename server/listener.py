@@ -5,6 +5,7 @@ import socket
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from medusa_core.errors import ConfigError, MedusaError
 from server.app import create_app
@@ -61,11 +62,8 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def serve(settings: Settings) -> None:
-    """Run the server until it is told to end. Raises a `MedusaError` if it cannot start."""
-    listener = bind(settings.host, settings.port)  # before the model loads
-    app = create_app(settings)
-    runtime: Runtime = app.state.runtime
+def build_server(app: FastAPI) -> DrainingServer:
+    """A server for an app of `create_app`; `run(sockets=[listener])` runs it."""
     config = uvicorn.Config(
         app,
         log_config=None,
@@ -75,7 +73,15 @@ def serve(settings: Settings) -> None:
         backlog=BACKLOG,
         timeout_graceful_shutdown=FLUSH_SECONDS,
     )
-    server = DrainingServer(config, runtime)
+    return DrainingServer(config, app.state.runtime)
+
+
+def serve(settings: Settings) -> None:
+    """Run the server until it is told to end. Raises a `MedusaError` if it cannot start."""
+    listener = bind(settings.host, settings.port)  # before the model loads
+    app = create_app(settings)
+    runtime: Runtime = app.state.runtime
+    server = build_server(app)
     logger.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
     try:
         server.run(sockets=[listener])

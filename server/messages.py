@@ -11,8 +11,9 @@ from msgspec import Struct
 
 from medusa_core.request import SamplingParams, StepOutput
 
-# A frame (4 bytes of length and the payload) no longer than PIPE_BUF is written to a pipe in one piece: who sees
-# its first byte can read it all, and a pipe that polls writable takes it without blocking. Events are that short.
+# A frame (4 bytes of length and the payload) no longer than PIPE_BUF is written to a pipe in one piece. So a
+# reader that sees its first byte can read it all, and a pipe that polls writable takes it without blocking.
+# Events are that short.
 MAX_EVENT = select.PIPE_BUF - 4
 MAX_TEXT = 1200  # bytes of a text in an event; `Ready` has two
 

@@ -12,6 +12,7 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.errors import ConfigError
 
 PREFIX = "MEDUSA_"
+SHOWN_DEFAULT = "shown_default"  # key of what help says instead of a field's default
 EMBEDDED_NAME = "medusa-demo"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
@@ -23,7 +24,11 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
 
-    model: str = Field(str(EMBEDDED_MODEL), description="Model directory or hub id.")
+    model: str = Field(
+        str(EMBEDDED_MODEL),
+        description="Model directory or hub id.",
+        json_schema_extra={SHOWN_DEFAULT: "the embedded demo model"},
+    )
     heads: str | None = Field(
         None, description="Medusa heads: a directory or file, or 'none'. Unset: those found beside the model."
     )

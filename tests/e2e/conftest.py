@@ -1,0 +1,193 @@
+"""Live servers on free loopback ports: uvicorn in a thread of this process, the worker in its own as always."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from server.app import create_app
+from server.listener import bind, build_server
+from server.runtime import Runtime
+from server.settings import Settings
+
+START_SECONDS = 120.0
+WAIT_SECONDS = 30.0
+CONTEXT = 8192
+NEVER_GENERATED = (0, 4)  # the tiny tokenizer's end-of-sequence ids
+
+
+def eventually(condition: Callable[[], Any], timeout: float = WAIT_SECONDS) -> Any:
+    """The condition's first true value; fails the test if there is none in time."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, "timed out waiting"
+        time.sleep(0.02)
+    return value
+
+
+class LiveServer:
+    """A server in a thread. `runtime` may be read from tests; its loop's thread alone changes it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.listener: socket.socket = bind("127.0.0.1", 0)
+        self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
+        app = create_app(settings)
+        self.runtime: Runtime = app.state.runtime
+        self.model = settings.model_name
+        self.server = build_server(app)
+        self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
+        self.thread.start()
+
+    @property
+    def worker_pid(self) -> int:
+        worker = self.runtime.pool._replicas[0].worker
+        assert worker is not None
+        pid = worker._process.pid
+        assert pid is not None
+        return pid
+
+    def wait_ready(self) -> None:
+        eventually(
+            lambda: self.runtime.why_not_ready() is None or self.runtime.start_error is not None, START_SECONDS
+        )
+        assert self.runtime.start_error is None, self.runtime.start_error
+
+    def kill_worker(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.worker_pid, number)
+
+    def body(self, **changes: Any) -> dict[str, Any]:
+        """A greedy request; None values are left out."""
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": "I need a restaurant"}],
+            "max_tokens": 24,
+            "temperature": 0.0,
+        } | changes
+        return {name: value for name, value in body.items() if value is not None}
+
+    def post(self, timeout: float = WAIT_SECONDS, **changes: Any) -> httpx.Response:
+        return httpx.post(f"{self.url}/v1/chat/completions", json=self.body(**changes), timeout=timeout)
+
+    def text(self, **changes: Any) -> str:
+        answer = self.post(**changes)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["choices"][0]["message"]["content"]
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=WAIT_SECONDS)
+
+    def stream(self, **changes: Any) -> list[str]:
+        """Payloads of all events of a stream, `[DONE]` included."""
+        with httpx.stream(
+            "POST", f"{self.url}/v1/chat/completions", json=self.body(stream=True, **changes), timeout=WAIT_SECONDS
+        ) as answer:
+            assert answer.status_code == 200, answer.read()
+            return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
+
+    def metric(self, name: str, **labels: str) -> float:
+        value = self.runtime.metrics.registry.get_sample_value(name, labels)
+        assert value is not None, f"no metric {name} {labels}"
+        return value
+
+    def wait_idle(self) -> None:
+        """Until no request is left, in the API process and on the worker."""
+        scheduler = self.runtime.scheduler
+        eventually(lambda: scheduler.num_running == 0 and scheduler.num_waiting == 0)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join(START_SECONDS)
+        assert not self.thread.is_alive()
+        self.listener.close()
+
+
+@pytest.fixture(scope="session")
+def endless_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Path:
+    """The tiny model with a long context that greedily never ends, with untrained Medusa heads beside it."""
+    from safetensors.torch import load_file, save_file
+
+    from medusa_core.checkpoints.writing import save_heads
+    from medusa_core.heads.medusa import MedusaHeads
+
+    path = tmp_path_factory.mktemp("endless") / "endless"
+    shutil.copytree(tiny_model_dir, path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": CONTEXT}))
+    weights = load_file(path / "model.safetensors")
+    for token_id in NEVER_GENERATED:  # a logit of 0 among 318 random ones never is the greatest
+        weights["lm_head.weight"][token_id] = 0.0
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    lm_head = weights["lm_head.weight"]
+    heads = MedusaHeads.new(
+        hidden_size=lm_head.shape[1], vocab_size=lm_head.shape[0], num_heads=3, num_layers=1, lm_head_weight=lm_head
+    )
+    save_heads(heads, path / "medusa-1", base_model=str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def start_server(endless_model_dir: Path) -> Callable[..., LiveServer]:
+    """Start a server on the endless model, or another; the caller stops it."""
+
+    def start(**settings: Any) -> LiveServer:
+        defaults: dict[str, Any] = {
+            "model": str(endless_model_dir),
+            "dtype": "float32",
+            "max_length": CONTEXT,
+            "measure": False,
+            "log_level": "warning",
+        }
+        server = LiveServer(Settings(**(defaults | settings)))
+        try:
+            server.wait_ready()
+        except BaseException:
+            server.stop()
+            raise
+        return server
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def shared_server(start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
+    """One slot, a queue of 16, frequent keep-alives. Tests leave it as they find it."""
+    server = start_server(queue_limit=16, keepalive=0.2, measure=True)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def live(shared_server: LiveServer) -> Iterator[LiveServer]:
+    """The shared server, idle before and after."""
+    shared_server.wait_idle()
+    yield shared_server
+    shared_server.wait_idle()
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., Any]:
+    return eventually
+
+
+@pytest.fixture
+def run_async() -> Callable[[Any], Any]:
+    """Run a coroutine with a time limit."""
+
+    def run(coroutine: Any) -> Any:
+        async def limited() -> Any:
+            async with asyncio.timeout(START_SECONDS):
+                return await coroutine
+
+        return asyncio.run(limited())
+
+    return run
