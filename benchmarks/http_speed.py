@@ -1,0 +1,179 @@
+"""What HTTP costs: decode tokens/s through `medusa serve` against the engine's own, interleaved in one run.
+
+    python benchmarks/http_speed.py --prompts held_out.jsonl --limit 30 --json http.json
+
+Starts a server on a free loopback port, streams with a plain httpx client at concurrency 1, and runs the same
+prompts, greedy, on an engine of its own in this process. Prefill is left out on both sides.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import httpx
+import typer
+
+from medusa_core.benchmark.bench import engine_facts, fitting_prompts, machine_facts
+from medusa_core.benchmark.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
+from medusa_core.benchmark.runs import Run, engine_runner
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.engine import Engine
+from medusa_core.request import SamplingParams
+
+START_SECONDS = 180.0
+STOP_SECONDS = 20.0
+SERVE = "from server.cli import main; main()"
+
+
+def main(
+    prompts: Annotated[Path, typer.Option(help="JSONL of objects with `messages`.")] = DEFAULT_PROMPTS,
+    limit: Annotated[int | None, typer.Option(min=1)] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    max_tokens: Annotated[int, typer.Option(min=2)] = 128,
+    model: str = str(EMBEDDED_MODEL),
+    heads: str | None = None,
+    dtype: str = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Print and write the ratio of decode rates."""
+    engine = Engine.from_pretrained(model, heads=heads, config=EngineConfig(dtype=dtype))
+    chosen = load_prompts(prompts, limit)
+    fitting_prompts(engine, chosen, max_tokens, warn=_refuse)
+    with running_server(model, heads, dtype) as url:
+        own, streamed = measure(engine, url, chosen, max_tokens, repeats)
+    report = {
+        "engine_tokens_per_second": _median_rate(own),
+        "http_tokens_per_second": _median_rate(streamed),
+        "ratio": _median_rate(streamed) / _median_rate(own),
+        "engine_first_token_seconds": median(run.prefill_seconds for run in own),
+        "http_first_token_seconds": median(run.prefill_seconds for run in streamed),
+        "prompts": len(chosen),
+        "repeats": repeats,
+        "max_tokens": max_tokens,
+        "config": engine_facts(engine) | machine_facts(),
+    }
+    print(json.dumps(report, indent=2))
+    if json_file is not None:
+        json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(
+    engine: Engine, url: str, prompts: Sequence[Prompt], max_tokens: int, repeats: int
+) -> tuple[list[Run], list[Run]]:
+    """The engine's runs and the streamed ones: prompt by prompt, in turn first and second."""
+    own: list[Run] = []
+    streamed: list[Run] = []
+    run = engine_runner(engine)
+    params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
+    with httpx.Client(base_url=url, timeout=600.0) as client:
+        name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
+        stream(client, name, prompts[0], max_tokens)  # warm-up, uncounted
+        run(engine.chat.render(prompts[0].messages), params)
+        turn = 0
+        for prompt in prompts:
+            for _ in range(repeats):
+                if turn % 2:
+                    streamed.append(stream(client, name, prompt, max_tokens))
+                own.append(run(engine.chat.render(prompt.messages), params))
+                if not turn % 2:
+                    streamed.append(stream(client, name, prompt, max_tokens))
+                turn += 1
+    return own, streamed
+
+
+def stream(client: httpx.Client, model: str, prompt: Prompt, max_tokens: int) -> Run:
+    """One streamed answer; only the number of its tokens is known, so ids are zeros.
+
+    From the first piece of text to the last event of the choice. A stop token takes a step as well.
+    """
+    body = {
+        "model": model,
+        "messages": list(prompt.messages),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    start = time.perf_counter()
+    first = last = 0.0
+    tokens, stopped = 0, False
+    with client.stream("POST", "/v1/chat/completions", json=body) as response:
+        if response.is_error:
+            raise SystemExit(f"{prompt.origin}: {response.status_code} {response.read().decode()}")
+        for line in response.iter_lines():
+            now = time.perf_counter()
+            if not line.startswith("data: {"):
+                continue
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                raise SystemExit(f"{prompt.origin}: {event['error']}")
+            for choice in event["choices"]:
+                if choice["delta"].get("content"):
+                    first = first or now
+                last = now
+                stopped = stopped or choice["finish_reason"] == "stop"
+            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+    first = first or last
+    return Run((0,) * (tokens + stopped), first - start, last - first)
+
+
+@contextmanager
+def running_server(model: str, heads: str | None, dtype: str) -> Iterator[str]:
+    """A server on a free loopback port, stopped by its process id when done."""
+    port = _free_port()
+    command = [sys.executable, "-c", SERVE, "serve", "--port", str(port), "--log-level", "warning"]
+    command += ["--model", model, "--dtype", dtype]
+    command += ["--heads", heads] if heads else []
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MEDUSA_")}
+    server = subprocess.Popen(command, env=environment)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(server, url)
+        yield url
+    finally:
+        server.terminate()
+        try:
+            server.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _wait_until_ready(server: "subprocess.Popen[bytes]", url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        if server.poll() is not None:
+            raise SystemExit(f"the server ended with exit code {server.returncode}")
+        try:
+            if httpx.get(f"{url}/ready", timeout=5.0).status_code == httpx.codes.OK:
+                return
+        except httpx.TransportError:
+            pass  # not listening yet
+        time.sleep(0.2)
+    raise SystemExit(f"the server was not ready after {START_SECONDS:g} s")
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _median_rate(runs: Sequence[Run]) -> float:
+    return median(rate for run in runs if (rate := run.tokens_per_second) is not None)
+
+
+def _refuse(problem: str) -> None:
+    raise SystemExit(problem)
+
+
+if __name__ == "__main__":
+    typer.run(main)
