@@ -43,10 +43,16 @@ def chat(
     mode: options.ModeOption = SpeculationMode.EXACT,
     tree: options.TreeOption = "dynamic",
     tree_nodes: options.TreeNodesOption = None,
+    static_tree: options.StaticTreeOption = None,
 ) -> None:
     """Chat with the model in the terminal."""
     config = EngineConfig(
-        dtype=dtype, device=device, max_length=max_length, tree_nodes=tree_nodes, chat_template=chat_template
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        tree_nodes=tree_nodes,
+        static_tree=static_tree,
+        chat_template=chat_template,
     )
     sampling = SamplingOptions(
         max_tokens=max_tokens,

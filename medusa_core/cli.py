@@ -11,6 +11,7 @@ from medusa_core.bench_command import bench
 from medusa_core.chat_command import chat
 from medusa_core.errors import MedusaError
 from medusa_core.generate_command import generate
+from medusa_core.training.command import train
 
 app = typer.Typer(
     name="medusa",
@@ -41,6 +42,7 @@ def _configure(
 app.command(rich_help_panel="Use a model")(chat)
 app.command(rich_help_panel="Use a model")(generate)
 app.command(rich_help_panel="Make it faster")(bench)
+app.command(rich_help_panel="Make it faster")(train)
 
 
 def run(commands: typer.Typer) -> None:

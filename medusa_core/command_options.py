@@ -119,6 +119,15 @@ TreeNodesOption = Annotated[
         rich_help_panel=SPECULATION_PANEL,
     ),
 ]
+StaticTreeOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="MEDUSA_STATIC_TREE",
+        help="What tree 'static' is: a published name or a JSON file.",
+        show_default="grown for the heads",
+        rich_help_panel=SPECULATION_PANEL,
+    ),
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,12 +41,18 @@ def generate(
     mode: options.ModeOption = SpeculationMode.EXACT,
     tree: options.TreeOption = "dynamic",
     tree_nodes: options.TreeNodesOption = None,
+    static_tree: options.StaticTreeOption = None,
 ) -> None:
     """Answer one prompt and print the text as it comes."""
     if raw and system is not None:
         raise ConfigError("--system needs the chat template, which --raw leaves out")
     config = EngineConfig(
-        dtype=dtype, device=device, max_length=max_length, tree_nodes=tree_nodes, chat_template=chat_template
+        dtype=dtype,
+        device=device,
+        max_length=max_length,
+        tree_nodes=tree_nodes,
+        static_tree=static_tree,
+        chat_template=chat_template,
     )
     sampling = SamplingOptions(
         max_tokens=max_tokens,

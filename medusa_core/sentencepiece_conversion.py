@@ -30,7 +30,7 @@ def convert_sentencepiece(path: Path, config: Mapping[str, Any]) -> PreTrainedTo
     the text after every special token too, as sentencepiece applied piecewise does) and the special tokens'
     names are taken from it, and from the file where it has none.
     """
-    proto = sentencepiece_model_pb2.ModelProto()
+    proto = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     try:
         proto.ParseFromString(path.read_bytes())
     except DecodeError:
@@ -73,7 +73,7 @@ def _build_model(proto: Any) -> models.Model:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, best score first: sentencepiece merges by score, not by rule."""
+    """Every pair of pieces that makes a piece, best score first: sentencepiece merges by score."""
     scores = {piece.piece: piece.score for piece in proto.pieces if piece.type == NORMAL}
     ranked = sorted(scores, key=lambda piece: -scores[piece])
     splits = ((piece, i) for piece in ranked for i in range(1, len(piece)))

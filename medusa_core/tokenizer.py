@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
@@ -172,7 +172,7 @@ def _load_tokenizer(directory: Path, config: Mapping[str, Any]) -> PreTrainedTok
     if (directory / "tokenizer.json").exists():
         try:
             return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
-        except Exception as error:  # noqa: BLE001  (the tokenizers library raises bare Exception)
+        except Exception as error:  # the tokenizers library raises bare Exception
             raise TokenizerError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
     if not (directory / "tokenizer.model").exists():
         raise TokenizerError(f"{directory} holds neither tokenizer.json nor tokenizer.model")

@@ -37,7 +37,7 @@ TRAINING_LINES = (
 
 @pytest.fixture(scope="session")
 def dialogue_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `TINY_VOCAB_SIZE` entries with the demo model's special tokens and template."""
+    """Byte-level BPE of exactly `TINY_VOCAB_SIZE` entries, special tokens and template as in the demo model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -65,7 +65,7 @@ def dialogue_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_model_dir(
     tmp_path_factory: pytest.TempPathFactory, dialogue_tokenizer: PreTrainedTokenizerFast
 ) -> Path:
-    """A saved random float32 Llama (2 layers, 4 query / 2 KV heads of 16, context 512) with `dialogue_tokenizer`.
+    """A saved random float32 Llama (2 layers, 4 query / 2 KV heads of 16, context 512), `dialogue_tokenizer`.
 
     Weights are wider than usual, so that its greedy text varies instead of repeating one token.
     """
@@ -128,7 +128,7 @@ def vicuna_layout_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train_sentencepiece(path: Path) -> int:
-    """Write `tokenizer.model` as Llama's was trained: identity normaliser, every space kept. Returns its size."""
+    """Write `tokenizer.model` as Llama's was trained: identity normaliser, spaces kept. Returns its size."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TRAINING_LINES),
         model_prefix=str(path / "tokenizer"),

@@ -1,5 +1,6 @@
 """Incremental detokenisation and stop strings against plain whole-text references."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ texts = st.text(st.one_of(st.sampled_from(f"ab é你{EMOJI}  \n"), st.characters
 def chunked(items, cuts):
     """`items` cut at the positions `cuts`."""
     edges = [0, *sorted(min(cut, len(items)) for cut in cuts), len(items)]
-    return [items[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+    return [items[a:b] for a, b in itertools.pairwise(edges)]
 
 
 def detokenize(tokenizer, chunks):
