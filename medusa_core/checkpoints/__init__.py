@@ -4,8 +4,9 @@
     B  the same file without output layers: the heads share the backbone's  ("version 2")
     C  `medusa_head.*` keys among the weights of a whole model             (Medusa-1.0)
 
-Heads and layers are counted from the keys; config.json is advisory, since the published ones are wrong. Nothing
-is ever unpickled but tensors, and every problem is a `CheckpointError` that names the keys or numbers.
+Heads and layers are counted from the keys; config.json is advisory, since the published ones are wrong.
+Nothing is ever unpickled but tensors, and every problem is a `CheckpointError` that names the keys or
+numbers.
 """
 
 from medusa_core.checkpoints.formats import HEAD_PREFIX

@@ -56,7 +56,7 @@ def strip_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def parse_layout(source: str, tensors: dict[str, Tensor]) -> HeadLayout:
-    """Count heads and layers, and see that exactly the keys they imply are there. Raises `CheckpointError`."""
+    """Count heads and layers, and see that exactly the keys they imply are there, else `CheckpointError`."""
     _refuse_foreign(source, tensors)
     parsed = [match for match in map(KEY.fullmatch, tensors) if match]
     blocks = [match for match in parsed if match["part"]]
@@ -79,7 +79,8 @@ def parse_layout(source: str, tensors: dict[str, Tensor]) -> HeadLayout:
     ]
     if problems:
         raise CheckpointError(
-            f"{source} does not hold {layout.num_heads} heads of {layout.num_layers} layers: {'; '.join(problems)}"
+            f"{source} does not hold {layout.num_heads} heads of {layout.num_layers} layers: "
+            + "; ".join(problems)
         )
     return layout
 

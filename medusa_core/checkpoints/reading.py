@@ -37,9 +37,10 @@ def load_heads(
 ) -> MedusaHeads:
     """Heads of any Medusa layout from a file, a directory or a Hub repository, checked against the backbone.
 
-    `vocab_size` is the number of tokens that exist, V. `lm_head_weight` [>= V, E] is the backbone's output layer:
-    needed by heads that share it, and its rows beyond V say how far the heads' own may be padded. Rows of padding
-    are dropped; heads with fewer than V rows never draft the tokens beyond. Raises `CheckpointError`.
+    `vocab_size` is the number of tokens that exist, V. `lm_head_weight` [>= V, E] is the backbone's output
+    layer: needed by heads that share it, and its rows beyond V say how far the heads' own may be padded.
+    Rows of padding are dropped; heads with fewer than V rows never draft the tokens beyond. Raises
+    `CheckpointError`.
     """
     tensors = _read(path)
     source = str(path)
@@ -91,7 +92,8 @@ def _read_full_model(repository: Repository) -> dict[str, Tensor]:
     files = {file for key, file in model_keys(repository).items() if key.startswith(HEAD_PREFIX)}
     if not files:
         raise CheckpointError(
-            f"no heads at {repository.name}: neither {' nor '.join(HEAD_FILES)}, nor {HEAD_PREFIX}* among model weights"
+            f"no heads at {repository.name}: neither {' nor '.join(HEAD_FILES)}, "
+            f"nor {HEAD_PREFIX}* among model weights"
         )
     tensors: dict[str, Tensor] = {}
     for name in sorted(files):

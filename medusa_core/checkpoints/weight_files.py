@@ -1,4 +1,4 @@
-"""Where the bytes are: local folders, the Hub, safetensors, `.pt` and sharded `.bin`. Knows nothing of heads."""
+"""Where the bytes are: folders, the Hub, safetensors, `.pt` and sharded `.bin`. Knows nothing of heads."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ class Repository:
 
     @classmethod
     def at(cls, name: str | Path) -> "Repository":
-        """An existing folder is always local and needs no network; anything else must look like a Hub name."""
+        """An existing folder is local and needs no network; anything else must look like a Hub name."""
         path = Path(name).expanduser()
         if path.is_dir():
             return cls(str(name), path)
@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
-    """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU. Raises `CheckpointError`."""
+    """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU, else `CheckpointError`."""
     try:
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:

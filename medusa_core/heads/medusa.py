@@ -1,7 +1,8 @@
 """Medusa-1 heads: K independent guessers on one hidden state (paper §2.1, arXiv 2401.10774).
 
 Head k is L residual blocks x + SiLU(W x + b), then an output layer without bias. Weights of the K heads are
-stored stacked, so that one matrix product serves all heads. Files are the business of `medusa_core.checkpoints`.
+stored stacked, so that one matrix product serves all heads. Files are the business of
+`medusa_core.checkpoints`.
 
 Shapes: B slots, N rows, K heads, E hidden size, V output rows.
 """
@@ -14,8 +15,8 @@ from torch.nn import functional
 class MedusaHeads(nn.Module):
     """K heads of L residual blocks with an output layer per head, or one shared with the backbone.
 
-    `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's own
-    output layer: a buffer that is neither trained nor saved.
+    `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's
+    own output layer: a buffer that is neither trained nor saved.
     """
 
     shared_output_VE: Tensor | None
@@ -61,14 +62,16 @@ class MedusaHeads(nn.Module):
         lm_head_weight: Tensor,
         shared: bool = False,
     ) -> "MedusaHeads":
-        """Fresh heads on `lm_head_weight`'s [>= V, E] dtype and device; each starts as the backbone's own guess.
+        """Fresh heads in the dtype and on the device of `lm_head_weight` [>= V, E].
 
-        Blocks start as the identity (W = 0, b = 0: the slope of SiLU at 0 is 1/2, so they still learn) and the
-        output layers as copies of the backbone's rows, or as those rows themselves if `shared`.
+        Blocks start as the identity (W = 0, b = 0: the slope of SiLU at 0 is 1/2, so they still learn) and
+        the output layers as copies of the backbone's rows, or as those rows themselves if `shared`.
         """
         rows = lm_head_weight[:vocab_size].detach()
         if rows.shape != (vocab_size, hidden_size):
-            raise ValueError(f"lm_head {tuple(lm_head_weight.shape)} lacks {vocab_size} rows of {hidden_size}")
+            raise ValueError(
+                f"lm_head {tuple(lm_head_weight.shape)} lacks {vocab_size} rows of {hidden_size}"
+            )
         heads = cls(
             num_heads=num_heads,
             num_layers=num_layers,
@@ -112,7 +115,7 @@ class MedusaHeads(nn.Module):
         return self._project(features_KBE).transpose(0, 1)
 
     def features(self, rows_KNE: Tensor) -> Tensor:
-        """What the output layers see, [K, N, E], where every head has rows of its own [K, N, E] (training)."""
+        """What the output layers see [K, N, E], where every head has rows of its own [K, N, E] (training)."""
         return self._blocks(rows_KNE, first=0)
 
     def output_weight(self, head: int) -> Tensor:
@@ -132,9 +135,9 @@ class MedusaHeads(nn.Module):
     def _project(self, features_KBE: Tensor) -> Tensor:
         """Logits [K, B, V].
 
-        One product for all heads beats a loop over them. For a single float32 row on a CPU, weight @ column is up
-        to 1.5 times as fast as row @ weight; in bfloat16, and for several rows, it is the slower one (measured
-        on AVX-512 at V = 4096, E = 256 and 2048, K = 4).
+        One product for all heads beats a loop over them. For a single float32 row on a CPU, weight @ column
+        is up to 1.5 times as fast as row @ weight; in bfloat16, and for several rows, it is the slower one
+        (measured on AVX-512 at V = 4096, E = 256 and 2048, K = 4).
         """
         if self.output_KVE is None:
             return functional.linear(features_KBE, self.output_weight(0))

@@ -11,7 +11,7 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 class LossKind(StrEnum):
-    """teacher: cross-entropy against the backbone's own distribution (T = 1); hard: against the data's tokens."""
+    """Cross-entropy against the backbone's distribution at T = 1 (teacher) or the data's tokens (hard)."""
 
     TEACHER = "teacher"
     HARD = "hard"
@@ -21,12 +21,13 @@ class LossKind(StrEnum):
 class TrainConfig:
     """One run of `train_heads`.
 
-    `model`: directory or Hub name of the frozen backbone. `data`: JSONL files, gzipped or not, of chat rows.
-    `out` gets the heads, training.json and, in `checkpoints/`, what `resume` continues from. Head k's loss weighs
-    `decay`**k. `warmup` is a fraction of all optimizer steps; after it the learning rate falls as a cosine to
-    zero. `max_steps` None trains for `epochs`. `sequence_length` (tokens) cuts longer dialogues. `dtype` is what
-    the backbone runs in and the heads are multiplied and saved in; their master weights are float32. A share
-    `val_fraction` of the dialogues is held out to measure the finished heads. `strict` makes a bad row an error.
+    `model`: directory or Hub name of the frozen backbone. `data`: JSONL files, gzipped or not, of chat
+    rows. `out` gets the heads, training.json and, in `checkpoints/`, what `resume` continues from. Head k's
+    loss weighs `decay`**k. `warmup` is a fraction of all optimizer steps; after it the learning rate falls
+    as a cosine to zero. `max_steps` None trains for `epochs`. `sequence_length` (tokens) cuts longer
+    dialogues. `dtype` is what the backbone runs in and the heads are multiplied and saved in; their master
+    weights are float32. A share `val_fraction` of the dialogues is held out to measure the finished heads.
+    `strict` makes a bad row an error.
     """
 
     model: str

@@ -1,8 +1,8 @@
 """Chat rows into token ids with assistant tokens marked, and batches of them.
 
-A row is a JSON object with `messages` (role, content) or ShareGPT's `conversations` (from, value). What counts as
-an assistant token is read off the chat template by rendering prefixes, so any template works: a turn is what the
-template adds to its own generation prompt, up to and including the end-of-turn token.
+A row is a JSON object with `messages` (role, content) or ShareGPT's `conversations` (from, value). What
+counts as an assistant token is read off the chat template by rendering prefixes, so any template works: a
+turn is what the template adds to its own generation prompt, up to and including the end-of-turn token.
 """
 
 import gzip
@@ -64,14 +64,14 @@ class Rendered:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids [S] (int32) and which of them are targets [S] (bool): an assistant's, end of turn included."""
+    """Token ids [S] (int32) and which are targets [S] (bool): an assistant's, end of turn included."""
 
     input_ids: Tensor
     is_target: Tensor
 
 
 class ExampleDataset(Dataset[dict[str, Tensor]]):
-    """Examples as the Trainer wants them: `input_ids` and `labels` [S], the latter `NO_TARGET` off the targets."""
+    """Examples as the Trainer wants them: `input_ids` [S] and `labels` [S], `NO_TARGET` off the targets."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
@@ -111,7 +111,7 @@ class Collator:
 def load_examples(
     paths: Iterable[Path], chat: ChatTokenizer, *, sequence_length: int, strict: bool = False
 ) -> list[Example]:
-    """All usable dialogues of the files, in order. Raises `DataError` if a file cannot be read or none is usable."""
+    """All usable dialogues of the files, in order; `DataError` if a file cannot be read or none is usable."""
     bad = BadRows(strict)
     examples: list[Example] = []
     rows = _rendered_rows(paths, chat, bad)
@@ -127,7 +127,7 @@ def load_examples(
 def split_examples(
     examples: list[Example], fraction: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(training, held out); at least one dialogue is held out unless `fraction` is 0, and one kept to train on."""
+    """(training, held out): at least one is held out unless `fraction` is 0, and one is kept to train on."""
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1) if fraction else 0
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
@@ -155,8 +155,9 @@ def parse_row(line: str) -> Messages:
 def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     """The dialogue in the chat template's format, assistant turns marked.
 
-    One text for most templates. A template that rewrites earlier turns (say, drops their reasoning) gives a text
-    for each state the dialogue was in when the assistant spoke. Raises `DataError` if the template refuses it.
+    One text for most templates. A template that rewrites earlier turns (say, drops their reasoning) gives a
+    text for each state the dialogue was in when the assistant spoke. Raises `DataError` if the template
+    refuses it.
     """
     texts: list[Rendered] = []
     for index, message in enumerate(messages):

@@ -13,8 +13,11 @@ from medusa_core.training.model import HeadTrainer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadEvaluation:
-    """Per head: share of target tokens where its best guess is the backbone's greedy token, and the cross-entropy
-    against the backbone's distribution in nats. `targets` tokens were judged (slightly fewer for later heads)."""
+    """Figures of each head on `targets` held-out tokens (slightly fewer for later heads).
+
+    `accuracy`: share where its best guess is the backbone's greedy token; `loss`: cross-entropy against the
+    backbone's distribution in nats.
+    """
 
     accuracy: tuple[float, ...]
     loss: tuple[float, ...]

@@ -1,9 +1,11 @@
 """Cross-entropy of K heads on many target tokens, without ever holding all their logits.
 
-For each chunk of targets the losses *and* their gradients are computed at once; only the gradients, which are as
-small as the inputs, outlive the chunk. Head logits are computed once, where checkpointing would do it twice.
+For each chunk of targets the losses *and* their gradients are computed at once; only the gradients, which
+are as small as the inputs, outlive the chunk. Head logits are computed once, where checkpointing would do
+it twice.
 
-Shapes: B rows of S tokens, N target tokens in the batch, C of them in a chunk, K heads, E hidden, V output rows.
+Shapes: B rows of S tokens, N target tokens in the batch, C of them in a chunk, K heads, E hidden, V output
+rows.
 """
 
 from dataclasses import dataclass
@@ -22,8 +24,8 @@ CHUNK_ELEMENTS = (
 class Targets:
     """The target tokens of a batch. For a target at index j of its row: flat indices into [B * S].
 
-    `token_N` its id; `teacher_N` index j-1, whose hidden state the backbone predicts it from; `source_KN` index
-    j-2-k, which head k predicts it from, and `weight_KN` 1.0, or 0.0 where that is before the row.
+    `token_N` its id; `teacher_N` index j-1, whose hidden state the backbone predicts it from; `source_KN`
+    index j-2-k, which head k predicts it from, and `weight_KN` 1.0, or 0.0 where that is before the row.
     """
 
     token_N: Tensor
@@ -69,8 +71,8 @@ def head_losses(
 ) -> Tensor:
     """Weighted sum over N of each head's cross-entropy in nats: float32 [K], differentiable.
 
-    `features_KNE` are multiplied, in their dtype, by the output layers `output` [K, V, E] or the shared [V, E].
-    `targets`: token ids [N] (below V, else the target is not counted) or a teacher.
+    `features_KNE` are multiplied, in their dtype, by the output layers `output` [K, V, E] or the shared [V,
+    E]. `targets`: token ids [N] (below V, else the target is not counted) or a teacher.
     """
     losses: Tensor = _ChunkedCrossEntropy.apply(features_KNE, output, targets, weight_KN, chunk_elements)
     return losses

@@ -1,6 +1,7 @@
 """The module the Trainer optimises: draft heads, with the frozen backbone beside them rather than inside.
 
-So checkpoints, optimizer and DDP see the heads only. Shapes: B rows of S tokens, N targets, K heads, E hidden.
+So checkpoints, optimizer and DDP see the heads only. Shapes: B rows of S tokens, N targets, K heads, E
+hidden.
 """
 
 import torch
@@ -15,7 +16,7 @@ from medusa_core.training.loss import Targets, TeacherTargets, find_targets, hea
 
 
 class HeadTrainer(nn.Module):
-    """Heads (float32 master weights) on a frozen backbone; everything is multiplied in the backbone's dtype."""
+    """Heads (float32 master weights) on a frozen backbone; products are taken in the backbone's dtype."""
 
     accepts_loss_kwargs = (
         True  # transformers then passes `num_items_in_batch`, targets over accumulated batches

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 
 class ProgressReport(TrainerCallback):
-    """Shows steps, loss and time left; and logs the loss every `logging_steps` where nobody watches a terminal."""
+    """Shows steps, loss and time left; logs the loss every `logging_steps` where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

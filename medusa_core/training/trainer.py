@@ -7,7 +7,6 @@ import json
 import logging
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,19 +32,20 @@ REPORT_FILE = "training.json"
 CHECKPOINTS_FOLDER = "checkpoints"
 RUN_FILE = "run.json"  # beside the checkpoints: the settings they belong to
 # Another value of these would make the checkpoint meaningless: other weights, or another order of the data.
-RESUMED_FIELDS = (
-    "model data num_heads num_layers shared_output loss decay batch_size accumulation sequence_length val_fraction seed"
-).split()
+RESUMED_FIELDS = {
+    *("model", "data", "num_heads", "num_layers", "shared_output", "loss", "decay"),
+    *("batch_size", "accumulation", "sequence_length", "val_fraction", "seed"),
+}
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What a run did. `seconds`, `tokens` (without padding) and the rate are those of this process and session.
+    """What a run did. `seconds`, `tokens` (without padding) and their rate are this process and session's.
 
-    `losses`: (step, training loss) as logged. `evaluation` is None where nothing was held out, and in processes
-    other than the first.
+    `losses`: (step, training loss) as logged. `evaluation` is None where nothing was held out, and in
+    processes other than the first.
     """
 
     steps: int
@@ -108,7 +108,7 @@ def train_heads(config: TrainConfig, console: Console | None = None) -> TrainRep
         seconds=seconds,
         tokens=collator.tokens,
         tokens_per_second=collator.tokens / seconds,
-        losses=tuple((log["step"], log["loss"]) for log in trainer.state.log_history if "loss" in log),
+        losses=tuple((int(row["step"]), row["loss"]) for row in trainer.state.log_history if "loss" in row),
         evaluation=evaluate_heads(model, held_out, config.batch_size) if is_first else None,
     )
     if is_first:
