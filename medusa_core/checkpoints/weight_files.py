@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import struct
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,6 +19,11 @@ from medusa_core.errors import CheckpointError
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# What torch's restricted unpickler raises on damaged files, found by flipping bytes; none is documented.
+UNPICKLING_FAILURES = (
+    *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError, AssertionError),
+    *(TypeError, AttributeError, ArithmeticError, MemoryError),
+)
 
 KeyFilter = Callable[[str], bool]
 
@@ -31,7 +37,7 @@ class Repository:
 
     @classmethod
     def at(cls, name: str | Path) -> "Repository":
-        """An existing folder is local and needs no network; anything else must look like a Hub name."""
+        """An existing folder is local and needs no network; else it must look like a Hub name."""
         path = Path(name).expanduser()
         if path.is_dir():
             return cls(str(name), path)
@@ -41,18 +47,19 @@ class Repository:
 
     def fetch(self, filename: str) -> Path | None:
         """The file's local path, or None where the repository has no such file."""
-        if self.folder is not None:
-            path = self.folder / filename
-            return path if path.is_file() else None
-        try:
-            return Path(hf_hub_download(self.name, filename))
-        except EntryNotFoundError:  # includes "offline and not in the cache"
-            return None
-        except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise CheckpointError(
-                f"{self.name} is no local directory and no Hub download: {reason[0]}"
-            ) from error
+        folder = self.folder
+        if folder is None:
+            try:
+                # Rather than one file's own download: it knows the repository's list of files, so that a missing
+                # file differs from a missing network, and goes on from the cache without one.
+                folder = Path(snapshot_download(self.name, allow_patterns=[filename, "config.json"]))
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise CheckpointError(
+                    f"{self.name} is no directory, and no Hub download: {reason}"
+                ) from error
+        path = folder / filename
+        return path if path.is_file() else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         # The restricted unpickler refuses everything but tensors and plain containers: no code runs.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError) as error:
+    except UNPICKLING_FAILURES as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CheckpointError(f"cannot read {path} as plain tensors: {reason[0]}") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
