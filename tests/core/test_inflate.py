@@ -190,6 +190,17 @@ def test_other_architectures_and_wide_heads_are_refused(inflated: LlamaForCausal
         inflate_heads(random_heads(256, 10, 1), inflated)
 
 
+def test_only_medusa_heads_can_be_inflated(inflated: LlamaForCausalLM) -> None:
+    class OtherHeads:
+        num_heads, vocab_size = 1, 320
+
+        def draft_logits(self, hidden_BE: Tensor) -> Tensor:
+            return hidden_BE.new_zeros(len(hidden_BE), 1, 320)
+
+    with pytest.raises(ConfigError, match="OtherHeads"):
+        inflate_heads(OtherHeads(), inflated)
+
+
 def test_quantised_weights_are_refused() -> None:
     own = random_llama()
     own.lm_head.weight = torch.nn.Parameter(torch.zeros(64, 48, dtype=torch.int8), requires_grad=False)
