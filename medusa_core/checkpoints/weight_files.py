@@ -50,8 +50,8 @@ class Repository:
         folder = self.folder
         if folder is None:
             try:
-                # Rather than one file's own download: it knows the repository's list of files, so that a missing
-                # file differs from a missing network, and goes on from the cache without one.
+                # Rather than one file's own download: it knows the repository's list of files, so that a
+                # missing file differs from a missing network, and goes on from the cache without one.
                 folder = Path(snapshot_download(self.name, allow_patterns=[filename, "config.json"]))
             except (HfHubHTTPError, HFValidationError, OSError) as error:
                 reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -147,8 +147,8 @@ def parse_row(line: str) -> Messages:
         messages = _read_messages(row["conversations"], "from", "value", SHAREGPT_ROLES)
     else:
         raise DataError("neither messages nor conversations")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError("no assistant message")
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        raise DataError("no assistant message that answers another")
     return messages
 
 
@@ -161,7 +161,7 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     """
     texts: list[Rendered] = []
     for index, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or index == 0:  # opening words answer nothing, and have no prompt
             continue
         prompt = _apply_template(chat, messages[:index], add_generation_prompt=True)
         full = _apply_template(chat, messages[: index + 1], add_generation_prompt=False)

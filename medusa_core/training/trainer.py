@@ -149,7 +149,7 @@ def _prepare_checkpoints(config: TrainConfig, arguments: TrainingArguments) -> s
         if not config.resume:
             raise ConfigError(f"{folder} holds an unfinished or earlier run: resume it, or remove the folder")
         before = json.loads((folder / RUN_FILE).read_text(encoding="utf-8"))
-        changed = [name for name, value in settings.items() if before.get(name) != value]
+        changed = sorted(name for name, value in settings.items() if before.get(name) != value)
         if changed:
             raise ConfigError(f"cannot resume {newest} with another {', '.join(changed)}")
     if arguments.process_index == 0:
