@@ -22,7 +22,7 @@ help:
 # A stamp says that the installation came to its end; one whose python is gone does not count.
 setup:
 	@$(SOUND) || rm -f $(STAMP)
-	@$(MAKE) --no-print-directory $(STAMP)
+	@$(MAKE) --no-print-directory --silent $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -184,7 +184,7 @@ def _stats_table(conversation: Conversation) -> Table:
         "tokens": f"{totals.prompt_tokens} read, {totals.tokens} written",
         "tokens/s": f"{totals.tokens_per_second:.1f}",
         "tokens/step": f"{totals.tokens_per_step:.2f}",
-        "estimated speedup": f"{speedup:.2f}" if speedup else "not measured",
+        "estimated speedup": f"{speedup:.2f}" if speedup and info.heads else "not measured",
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():

@@ -37,7 +37,7 @@ TRAINING_LINES = (
 
 @pytest.fixture(scope="session")
 def dialogue_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of exactly `TINY_VOCAB_SIZE` entries, special tokens and template as in the demo model."""
+    """Byte-level BPE of exactly `TINY_VOCAB_SIZE` entries, specials and template as in the demo model."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
