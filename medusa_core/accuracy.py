@@ -1,6 +1,7 @@
 """What calibration knows about a set of heads, as plain data stored beside them in `calibration.json`."""
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,14 @@ def default_calibration(num_heads: int) -> HeadCalibration:
     """For heads nobody calibrated: published accuracies, the last head's repeated where there are more."""
     rows = [TYPICAL_ACCURACIES[min(k, len(TYPICAL_ACCURACIES) - 1)] for k in range(num_heads)]
     return HeadCalibration(accuracies=tuple(rows))
+
+
+def wilson_interval(rate: float, count: int) -> tuple[float, float]:
+    """95 % interval of a share seen in `count` trials (Wilson 1927)."""
+    z, n = 1.96, max(count, 1)
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    spread = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    return centre - spread, centre + spread
 
 
 def save_calibration(calibration: HeadCalibration, directory: Path) -> Path:

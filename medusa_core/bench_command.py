@@ -15,7 +15,7 @@ from medusa_core.request import SpeculationMode
 
 if TYPE_CHECKING:
     from medusa_core.benchmark.bench import BenchSettings
-    from medusa_core.benchmark.prompts import Prompt
+    from medusa_core.prompts import Prompt
     from medusa_core.engine import Engine
 
 
@@ -71,7 +71,7 @@ def bench(
     _check_output(json_file)
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.benchmark.bench import BenchSettings
-    from medusa_core.benchmark.prompts import DEFAULT_PROMPTS, load_prompts
+    from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
 
     settings = BenchSettings(
         temperature=temperature,

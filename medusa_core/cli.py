@@ -8,6 +8,7 @@ import typer
 
 from medusa_core import __version__
 from medusa_core.bench_command import bench
+from medusa_core.calibrate_command import calibrate
 from medusa_core.chat_command import chat
 from medusa_core.errors import MedusaError
 from medusa_core.generate_command import generate
@@ -43,6 +44,7 @@ app.command(rich_help_panel="Use a model")(chat)
 app.command(rich_help_panel="Use a model")(generate)
 app.command(rich_help_panel="Make it faster")(bench)
 app.command(rich_help_panel="Make it faster")(train)
+app.command(rich_help_panel="Make it faster")(calibrate)
 
 
 def run(commands: typer.Typer) -> None:

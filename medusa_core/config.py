@@ -20,10 +20,11 @@ PREFILL_CHUNK = 512
 class EngineConfig:
     """How an engine is built.
 
-    `dtype` "auto" is bfloat16 where the device multiplies it natively and float32 elsewhere; `device` "auto"
-    is CUDA if there is one. `max_length` (tokens, prompt and answer) defaults to the model's context, at most
+    `dtype` "auto": on CUDA the checkpoint's 16-bit type (bfloat16 for float32 ones), on a CPU bfloat16 if it
+    multiplies that natively and float32 otherwise. `device` "auto" is CUDA if there is one. `max_length` (tokens, prompt and answer) defaults to the model's context, at most
     `DEFAULT_CONTEXT_LIMIT`. `tree_nodes` (root included) None lets calibration and measured step times choose;
-    1 turns speculation off.
+    1 turns speculation off. `static_tree` (a published name or a JSON file) replaces the tree grown from the heads'
+    accuracies as what "static" means.
     """
 
     dtype: str = "auto"
@@ -31,6 +32,7 @@ class EngineConfig:
     max_length: int | None = None
     slots: int = 1
     tree_nodes: int | None = None
+    static_tree: str | None = None
     prefill_chunk: int = PREFILL_CHUNK
     chat_template: str | None = None
     measure: bool = True  # time steps at start; without it nothing adapts and no speedup is estimated

@@ -6,6 +6,7 @@ noise is a hash of (s, p, v), so the draw does not depend on batch, tree, device
 Shapes: N rows (tree nodes), P positions, V vocabulary.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -68,7 +69,7 @@ def process_logits(logits_NV: Tensor, params: SamplingParams) -> Tensor:
         logits = _keep_nucleus(logits, params.temperature, params.top_p)
     if params.min_p > 0.0:
         scaled = logits / params.temperature
-        floor = scaled.max(dim=-1, keepdim=True).values + torch.log(torch.tensor(params.min_p))
+        floor = scaled.max(dim=-1, keepdim=True).values + math.log(params.min_p)
         logits = logits.masked_fill(scaled < floor, -torch.inf)
     return logits
 

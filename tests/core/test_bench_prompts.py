@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from medusa_core.benchmark.prompts import load_prompts
+from medusa_core.prompts import load_prompts
 from medusa_core.errors import DataError
 
 USER = {"role": "user", "content": "hi"}

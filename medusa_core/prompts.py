@@ -10,7 +10,7 @@ from typing import Any
 
 from medusa_core.errors import DataError
 
-DEFAULT_PROMPTS = Path(__file__).parents[1] / "assets" / "bench_prompts.jsonl"
+DEFAULT_PROMPTS = Path(__file__).parent / "assets" / "bench_prompts.jsonl"
 
 
 @dataclass(frozen=True, slots=True)

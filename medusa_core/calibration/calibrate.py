@@ -1,0 +1,140 @@
+"""The whole of `medusa calibrate`: answers, accuracies, temperatures, expected lengths, the fastest tree here."""
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from medusa_core.accuracy import HeadCalibration, save_calibration
+from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
+from medusa_core.calibration.measure import (
+    MAX_RANK,
+    LengthMeter,
+    RankCounter,
+    TauFitter,
+    dynamic_meters,
+    static_meters,
+)
+from medusa_core.engine import Engine
+from medusa_core.errors import ConfigError, DataError
+from medusa_core.prompts import Prompt
+from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.step_times import TREE_SIZES, fastest_size
+
+Progress = Callable[[str], None]
+GREEDY = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """What to measure on. `temperatures`: beside 0, where the heads' confidence is calibrated."""
+
+    max_tokens: int = 128
+    temperatures: tuple[float, ...] = (0.3, 0.7, 1.0)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if any(not 0.0 < t <= 2.0 for t in self.temperatures):
+            raise ConfigError(f"temperatures must be above 0 and at most 2, not {list(self.temperatures)}")
+        if self.max_tokens < 8:
+            raise ConfigError(f"max_tokens must be at least 8, not {self.max_tokens}")
+
+
+def calibrate(
+    engine: Engine, prompts: Sequence[Prompt], settings: CalibrationSettings, progress: Progress
+) -> HeadCalibration:
+    """Measure the engine's heads on the model's own answers to `prompts`. Raises `DataError` without answers.
+
+    Greedy answers give accuracies and expected lengths; every temperature gets its own answers for its taus.
+    The dynamic tree's expected lengths use taus fitted on the first half and are measured on the second.
+    """
+    if engine.heads is None:
+        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some beside it")
+    progress("answering greedily")
+    greedy = _answers(engine, prompts, settings, GREEDY)
+    half = max(1, len(greedy) // 2)
+    counter = RankCounter(engine.heads.num_heads, min(MAX_RANK, engine.heads.vocab_size))
+    first_half = TauFitter(engine.heads.num_heads)
+    everything = TauFitter(engine.heads.num_heads)
+    for place, answer in enumerate(greedy):
+        for observed in observe(engine, answer):
+            counter.add(observed)
+            everything.add(observed)
+            if place < half:
+                first_half.add(observed)
+    progress("measuring trees")
+    expected = _expected(engine, greedy[half:] or greedy, counter, first_half.taus())
+    taus = {GREEDY: everything.taus()}
+    for temperature in settings.temperatures:
+        progress(f"answering at temperature {temperature:g}")
+        taus[temperature] = _fit_taus(engine, _answers(engine, prompts, settings, temperature))
+    return _with_fastest_tree(
+        engine,
+        HeadCalibration(
+            accuracies=counter.accuracies(),
+            counts=tuple(counter.counts_K.tolist()),
+            temperatures=taus,
+            expected=expected,
+            step_seconds={n: round(t, 6) for n, t in engine.step_times.trees.items()},
+            machine=f"{platform.machine()} {engine.info.device} {engine.info.dtype}",
+        ),
+    )
+
+
+def save(calibration: HeadCalibration, heads: Path) -> Path:
+    """Store the result beside the heads. Raises `DataError` if they are not a local directory."""
+    directory = heads if heads.is_dir() else heads.parent
+    if not directory.is_dir():
+        raise DataError(f"{heads} is not a local directory: give --out where to write calibration.json")
+    return save_calibration(calibration, directory)
+
+
+def _answers(
+    engine: Engine, prompts: Sequence[Prompt], settings: CalibrationSettings, temperature: float
+) -> list[Answer]:
+    params = SamplingParams(
+        temperature=temperature,
+        max_tokens=settings.max_tokens,
+        seed=settings.seed,
+        speculation=SpeculationParams(mode=SpeculationMode.EXACT),
+    )
+    answers = list(answer_prompts(engine, [p.messages for p in prompts], params))
+    if not answers:
+        raise DataError("no prompt got an answer of two tokens or more: nothing to calibrate on")
+    return answers
+
+
+def _fit_taus(engine: Engine, answers: Sequence[Answer]) -> tuple[float, ...]:
+    assert engine.heads is not None
+    fitter = TauFitter(engine.heads.num_heads)
+    for answer in answers:
+        for observed in observe(engine, answer):
+            fitter.add(observed)
+    return fitter.taus()
+
+
+def _expected(
+    engine: Engine, answers: Sequence[Answer], counter: RankCounter, taus: tuple[float, ...]
+) -> dict[str, dict[int, float]]:
+    assert engine.heads is not None
+    heads, device = engine.heads, engine.backbone.device
+    meters: dict[str, dict[int, LengthMeter]] = {
+        "static": static_meters(counter.accuracies(), TREE_SIZES, device),
+        "dynamic": dynamic_meters(heads.num_heads, heads.vocab_size, taus, TREE_SIZES, device),
+    }
+    for answer in answers:
+        for observed in observe(engine, answer):
+            _feed(meters, observed)
+    return {kind: {size: meter.mean for size, meter in row.items()} for kind, row in meters.items()}
+
+
+def _feed(meters: dict[str, dict[int, LengthMeter]], observed: Observed) -> None:
+    for row in meters.values():
+        for meter in row.values():
+            meter.add(observed)
+
+
+def _with_fastest_tree(engine: Engine, calibration: HeadCalibration) -> HeadCalibration:
+    if not engine.step_times.trees:
+        return calibration
+    return replace(calibration, tree_nodes=fastest_size(engine.step_times, calibration))

@@ -1,0 +1,94 @@
+"""From observed positions to accuracies, temperatures and expected acceptance lengths.
+
+Shapes: N positions, K heads, V vocabulary, R ranks, G grid points.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from medusa_core.acceptance import longest_path
+from medusa_core.calibration.collect import Observed
+from medusa_core.decoding.drafting import Drafter, DynamicDrafter, StaticDrafter
+from medusa_core.tree import grow_tree
+
+MAX_RANK = 64
+TAU_GRID = tuple(round(0.4 * 1.12**i, 4) for i in range(20))  # 0.4 .. 3.4
+
+
+class RankCounter:
+    """How often each head's guess of each rank was the model's token; every head has its own denominator."""
+
+    def __init__(self, num_heads: int, num_ranks: int) -> None:
+        self.hits_KR = torch.zeros(num_heads, num_ranks, dtype=torch.long)
+        self.counts_K = torch.zeros(num_heads, dtype=torch.long)
+
+    def add(self, observed: Observed) -> None:
+        ranked_NKR = observed.scores_NKV.topk(self.hits_KR.shape[1], dim=-1).indices
+        known_NK = observed.targets_NK >= 0
+        hits = (ranked_NKR == observed.targets_NK[..., None]) & known_NK[..., None]
+        self.hits_KR += hits.sum(dim=0).cpu()
+        self.counts_K += known_NK.sum(dim=0).cpu()
+
+    def accuracies(self) -> tuple[tuple[float, ...], ...]:
+        rates = self.hits_KR / self.counts_K.clamp(min=1)[:, None]
+        return tuple(tuple(round(value, 6) for value in row) for row in rates.tolist())
+
+
+class TauFitter:
+    """Per head the tau whose softmax(score / tau) gives the model's tokens the greatest likelihood."""
+
+    def __init__(self, num_heads: int) -> None:
+        self._loss_GK = torch.zeros(len(TAU_GRID), num_heads, dtype=torch.double)
+
+    def add(self, observed: Observed) -> None:
+        targets, known = observed.targets_NK.clamp(min=0), observed.targets_NK >= 0
+        scores = observed.scores_NKV
+        # A target the heads cannot name (reduced vocabulary) says nothing about tau.
+        known &= targets < scores.shape[-1]
+        chosen = scores.gather(-1, targets.clamp(max=scores.shape[-1] - 1)[..., None])[..., 0]
+        for place, tau in enumerate(TAU_GRID):
+            loss_NK = (scores / tau).logsumexp(dim=-1) - chosen / tau
+            self._loss_GK[place] += (loss_NK * known).sum(dim=0).double().cpu()
+
+    def taus(self) -> tuple[float, ...]:
+        return tuple(TAU_GRID[place] for place in self._loss_GK.argmin(dim=0).tolist())
+
+
+class LengthMeter:
+    """Mean acceptance length of one drafter over observed positions, as if each were a step's start."""
+
+    def __init__(self, drafter: Drafter, taus: tuple[float, ...]) -> None:
+        self._drafter, self._taus = drafter, taus
+        self._tokens = self._steps = 0
+
+    def add(self, observed: Observed) -> None:
+        complete = (observed.targets_NK >= 0).all(dim=1)  # a step cut short by the answer's end would count low
+        if not bool(complete.any()):
+            return
+        scores, targets = observed.scores_NKV[complete], observed.targets_NK[complete]
+        roots = torch.zeros_like(targets[:, 0])
+        tree = self._drafter.draft(scores, roots, self._taus)
+        truth = torch.cat([roots[:, None], targets], dim=1).gather(1, tree.depths_BT)
+        accepted = longest_path(tree.tokens_BT == truth, tree.ancestors_BTT, tree.depths_BT, tree.max_depth)
+        self._tokens += int(accepted.count_B.sum()) + len(targets)
+        self._steps += len(targets)
+
+    @property
+    def mean(self) -> float:
+        return round(self._tokens / max(1, self._steps), 4)
+
+
+def static_meters(
+    accuracies: Sequence[Sequence[float]], sizes: Sequence[int], device: torch.device
+) -> dict[int, LengthMeter]:
+    """A meter per size for the tree grown from these accuracies."""
+    return {n: LengthMeter(StaticDrafter(grow_tree(accuracies, n), device), ()) for n in sizes}
+
+
+def dynamic_meters(
+    num_heads: int, vocab_size: int, taus: tuple[float, ...], sizes: Sequence[int], device: torch.device
+) -> dict[int, LengthMeter]:
+    """A meter per size for the dynamic tree with these temperatures."""
+    return {n: LengthMeter(DynamicDrafter(n, num_heads, vocab_size, device), taus) for n in sizes}
+

@@ -1,0 +1,173 @@
+"""The decode step of design §4 on tensors: propose -> verify -> accept -> commit.
+
+Shapes: B slots (one for now), T tree nodes, S cached tokens, D tree depth, K heads, E hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_core.acceptance import Accepted, longest_path, match_drafts, typical_drafts
+from medusa_core.backbone import Backbone, BackboneOutput
+from medusa_core.decoding.drafting import Drafter, DraftTree, couple, root_tree
+from medusa_core.decoding.timing import phase_timer
+from medusa_core.heads.base import DraftHeads
+from medusa_core.kv_cache import SlotCache
+from medusa_core.request import SamplingParams, SpeculationMode
+from medusa_core.sampling import draw_tokens, gumbel_noise, process_logits
+
+
+@dataclass(frozen=True, slots=True)
+class Speculator:
+    """What proposes: heads, the tree they fill and their calibration at the request's temperature.
+
+    `coupled` False drafts without the target's noise (only to measure what coupling gains).
+    """
+
+    heads: DraftHeads
+    drafter: Drafter
+    taus: tuple[float, ...]
+    coupled: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeState:
+    """A sequence between steps: the root (decided, not cached) [B] and the hidden state that decided it [B, E]."""
+
+    roots_B: Tensor
+    hidden_BE: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Accepted drafts and the newly decided token, in order, and what they cost (seconds)."""
+
+    state: DecodeState
+    token_ids: list[int]
+    drafted: tuple[int, ...]
+    accepted: int
+    tree_nodes: int
+    propose_seconds: float
+    verify_seconds: float
+    commit_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.propose_seconds + self.verify_seconds + self.commit_seconds
+
+
+def prefill_chunk(backbone: Backbone, cache: SlotCache, token_ids: list[int]) -> BackboneOutput:
+    """Run and commit prompt tokens; returns hidden states and the last token's logits [1, 1, V]."""
+    count, start = len(token_ids), cache.length
+    tokens = torch.tensor([token_ids], device=backbone.device)
+    positions = torch.arange(start, start + count, device=backbone.device)[None]
+    causal = torch.ones(1, count, count, dtype=torch.bool, device=backbone.device).tril()
+    mask = additive_mask(start, causal, backbone.dtype)
+    output = backbone.forward(tokens, positions, mask, cache, logits_from=count - 1)
+    cache.append(count)
+    return output
+
+
+def first_state(
+    output: BackboneOutput, params: SamplingParams, position: int, token_ids_V: Tensor
+) -> tuple[DecodeState, int]:
+    """Decide the first root, the token at `position`, from prefill's last row."""
+    noise = None if params.is_greedy else gumbel_noise(params.seed, [position], token_ids_V)
+    root = draw_tokens(process_logits(output.logits_BTV[:, -1], params), params.temperature, noise)
+    return DecodeState(root, output.hidden_BTE[:, -1]), int(root)
+
+
+def decode_step(
+    backbone: Backbone,
+    cache: SlotCache,
+    state: DecodeState,
+    params: SamplingParams,
+    speculator: Speculator | None,
+    token_ids_V: Tensor,
+) -> StepResult:
+    """One step of one slot. Without `speculator` this is ordinary decoding: a tree of one node, no head call."""
+    timer = phase_timer(backbone.device)
+    timer.mark()
+    depth = speculator.drafter.max_depth if speculator else 0
+    noise = None
+    if not params.is_greedy:
+        first = cache.length + 1  # the root stands at position n: the next undecided one is n + 1
+        noise = gumbel_noise(params.seed, range(first, first + depth + 1), token_ids_V)
+    tree = _propose(speculator, state, params, noise) if speculator else root_tree(state.roots_B)
+    timer.mark()
+    output = _verify(backbone, cache, tree)
+    timer.mark()
+    accepted, targets_BT = _accept(tree, output.logits_BTV, params, noise)
+    rows = torch.arange(tree.tokens_BT.shape[0], device=backbone.device)
+    new_state = DecodeState(targets_BT[rows, accepted.leaf_B], output.hidden_BTE[rows, accepted.leaf_B])
+    path, tokens, drafted = _to_host(tree, accepted, new_state.roots_B)
+    cache.commit(path)
+    timer.mark()
+    propose_seconds, verify_seconds, commit_seconds = timer.seconds()
+    return StepResult(
+        state=new_state,
+        token_ids=tokens,
+        drafted=drafted,
+        accepted=len(path) - 1,
+        tree_nodes=tree.tokens_BT.shape[1],
+        propose_seconds=propose_seconds,
+        verify_seconds=verify_seconds,
+        commit_seconds=commit_seconds,
+    )
+
+
+def additive_mask(cached: int, visible_BTT: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, T, S+T]: 0 on every cached token and where `visible`, the dtype's minimum elsewhere."""
+    slots, nodes, _ = visible_BTT.shape
+    mask = torch.zeros(slots, 1, nodes, cached + nodes, dtype=dtype, device=visible_BTT.device)
+    if nodes > 1:
+        mask[:, 0, :, cached:].masked_fill_(~visible_BTT, torch.finfo(dtype).min)
+    return mask
+
+
+def _propose(
+    speculator: Speculator, state: DecodeState, params: SamplingParams, noise: Tensor | None
+) -> DraftTree:
+    logits = speculator.heads.draft_logits(state.hidden_BE)
+    scores = couple(logits, params.temperature, noise if speculator.coupled else None)
+    return speculator.drafter.draft(scores, state.roots_B, speculator.taus)
+
+
+def _verify(backbone: Backbone, cache: SlotCache, tree: DraftTree) -> BackboneOutput:
+    mask = additive_mask(cache.length, tree.ancestors_BTT, backbone.dtype)
+    return backbone.forward(tree.tokens_BT, tree.depths_BT + cache.length, mask, cache)
+
+
+def _accept(
+    tree: DraftTree, logits_BTV: Tensor, params: SamplingParams, noise: Tensor | None
+) -> tuple[Accepted, Tensor]:
+    """The accepted path and every node's own next token [B, T]."""
+    processed = process_logits(logits_BTV, params)
+    node_noise = None if noise is None else noise[tree.depths_BT]
+    targets = draw_tokens(processed, params.temperature, node_noise)
+    speculation = params.speculation
+    if speculation.mode is SpeculationMode.TYPICAL and not params.is_greedy:
+        log_probs = (processed / params.temperature).log_softmax(dim=-1)
+        right, scores = typical_drafts(
+            tree.tokens_BT, tree.parents_BT, log_probs, speculation.epsilon, speculation.delta
+        )
+        return longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth, scores), targets
+    right = match_drafts(tree.tokens_BT, tree.parents_BT, targets)
+    return longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth), targets
+
+
+def _to_host(
+    tree: DraftTree, accepted: Accepted, next_roots_B: Tensor
+) -> tuple[list[int], list[int], tuple[int, ...]]:
+    """Path, decided tokens and drafted nodes per head of the one slot, in a single transfer."""
+    width = tree.max_depth + 1
+    on_path = tree.tokens_BT.gather(1, accepted.path_BD)
+    packed = torch.cat(
+        [accepted.path_BD, on_path, accepted.count_B[:, None], next_roots_B[:, None], tree.depths_BT], dim=1
+    )
+    row: list[int] = packed[0].tolist()
+    count, next_root = row[2 * width : 2 * width + 2]
+    depths = row[2 * width + 2 :]
+    tokens = [*row[width + 1 : width + 1 + count], next_root]
+    return row[: count + 1], tokens, tuple(depths.count(d) for d in range(1, tree.max_depth + 1))

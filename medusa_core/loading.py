@@ -1,0 +1,116 @@
+"""From names and settings to the parts an engine is made of: backbone, tokenizer, heads, calibration."""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from medusa_core.accuracy import HeadCalibration, default_calibration, load_calibration
+from medusa_core.backbone import Backbone, load_backbone
+from medusa_core.checkpoints import find_heads, load_heads
+from medusa_core.config import EngineConfig
+from medusa_core.errors import CheckpointError, ConfigError
+from medusa_core.heads.base import DraftHeads
+from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+
+logger = logging.getLogger(__name__)
+
+NO_HEADS = "none"
+NATIVE_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16 ")  # Linux /proc/cpuinfo; the last is ARM's
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """Everything an `Engine` needs. `calibration` None: the heads were never calibrated."""
+
+    backbone: Backbone
+    chat: ChatTokenizer
+    heads: DraftHeads | None
+    calibration: HeadCalibration | None
+    model_name: str
+    heads_name: str | None
+
+
+def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig) -> EngineParts:
+    """Load all parts. `heads` None looks beside the model, "none" means no heads."""
+    device = resolve_device(config.device)
+    chat = load_chat_tokenizer(model, config.chat_template)
+    dtype = resolve_dtype(config.dtype, device, model)
+    backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
+    source = _heads_source(model, heads)
+    if source is None:
+        return EngineParts(backbone, chat, None, None, str(model), None)
+    loaded = load_heads(
+        source,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        lm_head_weight=backbone.lm_head_weight,
+        dtype=dtype,
+        device=device,
+    )
+    calibration = load_calibration(Path(source)) if Path(source).is_dir() else None
+    if calibration is not None and calibration.num_heads != loaded.num_heads:
+        raise CheckpointError(
+            f"{source}: calibration.json is for {calibration.num_heads} heads, the file holds {loaded.num_heads}: "
+            "run `medusa calibrate` again"
+        )
+    return EngineParts(backbone, chat, loaded, calibration, str(model), str(source))
+
+
+def calibration_or_default(calibration: HeadCalibration | None, heads: DraftHeads) -> HeadCalibration:
+    """The heads' own calibration, or published accuracies with a word in the log."""
+    if calibration is not None:
+        return calibration
+    logger.warning("the draft heads are not calibrated; `medusa calibrate` finds a better tree for them")
+    return default_calibration(heads.num_heads)
+
+
+def resolve_device(name: str) -> torch.device:
+    """A torch device; "auto" is CUDA if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device {name} was asked for, but this machine has no usable CUDA device")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    return device
+
+
+def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.dtype:
+    """A torch dtype; "auto" keeps the checkpoint's 16-bit type where the device multiplies it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cuda":
+        stored = _stored_dtype(model)
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return torch.bfloat16 if cpu_has_native_bfloat16() else torch.float32
+
+
+def cpu_has_native_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 multiply instructions (read from the kernel; False where it does not say)."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in NATIVE_BF16_FLAGS)
+
+
+def _stored_dtype(model: str | Path) -> torch.dtype | None:
+    try:
+        dtype = AutoConfig.from_pretrained(str(model), trust_remote_code=False).dtype
+    except (OSError, ValueError):
+        return None  # loading the model reports what is wrong
+    return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _heads_source(model: str | Path, heads: str | Path | None) -> str | Path | None:
+    if heads is not None:
+        return None if str(heads) == NO_HEADS else heads
+    directory = Path(model)
+    return find_heads(directory) if directory.is_dir() else None

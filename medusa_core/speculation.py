@@ -1,0 +1,79 @@
+"""Which drafter a request gets: trees by kind, name and size, built once and kept."""
+
+import torch
+
+from medusa_core.accuracy import HeadCalibration
+from medusa_core.decoding.drafting import Drafter, DynamicDrafter, StaticDrafter
+from medusa_core.decoding.step import Speculator
+from medusa_core.errors import TreeError
+from medusa_core.heads.base import DraftHeads
+from medusa_core.request import SamplingParams
+from medusa_core.tree import Tree, grow_tree, load_tree, published_tree_names
+
+DYNAMIC, STATIC = "dynamic", "static"
+
+
+class SpeculatorFactory:
+    """Turns a request's `speculation.tree` and a size into a `Speculator`.
+
+    `static_tree`: what "static" means. `coupled` False drafts without the target's noise, to measure what that gains.
+    """
+
+    def __init__(
+        self,
+        heads: DraftHeads,
+        calibration: HeadCalibration,
+        device: torch.device,
+        static_tree: Tree | None = None,
+    ) -> None:
+        if static_tree:
+            static_tree.check_fits(heads.num_heads, heads.vocab_size)
+        self.heads, self.calibration, self._device = heads, calibration, device
+        self.coupled = True
+        self._static_tree = static_tree
+        self._drafters: dict[tuple[str, int], Drafter] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tree a request may ask for that these heads can fill."""
+        published = [n for n in published_tree_names() if load_tree(n).depth <= self.heads.num_heads]
+        return (DYNAMIC, STATIC, *published)
+
+    @property
+    def largest(self) -> int:
+        """Nodes of the largest tree a request can name."""
+        named = [load_tree(name).size for name in self.names if name not in (DYNAMIC, STATIC)]
+        return max([*named, self._static_tree.size if self._static_tree else 1])
+
+    def is_adaptive(self, tree: str) -> bool:
+        """Whether the engine chooses this tree's size; a named tree is used as it is."""
+        return tree == DYNAMIC or (tree == STATIC and self._static_tree is None)
+
+    def check(self, tree: str) -> None:
+        """Raise `TreeError` if no such tree can be filled."""
+        if tree not in self.names:
+            raise TreeError(f"no draft tree {tree!r}; choose one of {', '.join(self.names)}")
+
+    def speculator(self, params: SamplingParams, nodes: int) -> Speculator | None:
+        """For one step; `nodes` (root included) applies to adaptive trees, 1 means none."""
+        tree = params.speculation.tree
+        if self.is_adaptive(tree) and nodes <= 1:
+            return None
+        taus = self.calibration.taus(params.temperature, self.heads.num_heads)
+        return Speculator(self.heads, self._drafter(tree, nodes), taus, self.coupled)
+
+    def _drafter(self, tree: str, nodes: int) -> Drafter:
+        key = (tree, nodes if self.is_adaptive(tree) else 0)
+        if key not in self._drafters:
+            self._drafters[key] = self._build(tree, nodes)
+        return self._drafters[key]
+
+    def _build(self, tree: str, nodes: int) -> Drafter:
+        if tree == DYNAMIC:
+            return DynamicDrafter(nodes, self.heads.num_heads, self.heads.vocab_size, self._device)
+        if tree != STATIC:
+            topology = load_tree(tree)
+        else:
+            topology = self._static_tree or grow_tree(self.calibration.accuracies, nodes)
+        topology.check_fits(self.heads.num_heads, self.heads.vocab_size)
+        return StaticDrafter(topology, self._device)
