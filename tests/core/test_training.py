@@ -9,15 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from typer import Typer
-from typer.testing import CliRunner
+from safetensors.torch import load_file
 
 from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.checkpoints import load_heads
 from medusa_core.errors import ConfigError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import load_chat_tokenizer
-from medusa_core.training.command import train
 from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, ExampleDataset, load_examples
 from medusa_core.training.evaluation import evaluate_heads
@@ -137,8 +135,6 @@ def test_result_files(config: TrainConfig) -> None:
 
 def test_checkpoints_hold_the_heads_only(config: TrainConfig) -> None:
     train_heads(replace(config, max_steps=2))
-    from safetensors.torch import load_file
-
     keys = set(load_file(config.out / "checkpoints" / "checkpoint-2" / "model.safetensors"))
     assert keys == {"heads.block_weights.0", "heads.block_biases.0", "heads.output_KVE"}
 
@@ -196,8 +192,6 @@ def test_shared_output_trains_only_the_blocks(config: TrainConfig, backbone: Bac
 def test_bfloat16_run(config: TrainConfig) -> None:
     report = train_heads(replace(config, dtype="bfloat16"))
     assert report.losses[-1][1] < report.losses[0][1]
-    from safetensors.torch import load_file
-
     tensors = load_file(config.out / "medusa_lm_head.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
 
@@ -294,63 +288,3 @@ def test_progress_in_a_log(config: TrainConfig, caplog: pytest.LogCaptureFixture
         train_heads(replace(config, max_steps=5), Console(file=StringIO()))
     assert "54 dialogues to train on, 6 held out" in caplog.text
     assert "step 5 of 5 · loss" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        *[
-            (name, 0)
-            for name in ("num_heads", "num_layers", "batch_size", "accumulation", "save_steps", "log_steps")
-        ],
-        *[(name, 0.0) for name in ("decay", "learning_rate", "epochs")],
-        *[(name, value) for name in ("warmup", "val_fraction") for value in (-0.1, 1.0, float("nan"))],
-        ("learning_rate", float("nan")),
-        ("weight_decay", -1.0),
-        ("max_steps", 0),
-        ("sequence_length", 2),
-        ("data", ()),
-        ("dtype", "float16"),
-        ("dtype", "int8"),
-        ("device", "cuda:1"),
-        ("seed", -1),
-    ],
-)
-def test_settings_are_checked(field: str, value: object) -> None:
-    with pytest.raises(ConfigError, match=field):
-        replace(TrainConfig(model="m", data=(Path("d"),), out=Path("o")), **{field: value})
-
-
-def test_command(config: TrainConfig) -> None:
-    app = Typer()
-    app.command()(train)
-    arguments = ["--model", config.model, "--data", str(config.data[0]), "--out", str(config.out)]
-    options = [
-        "--max-steps",
-        "2",
-        "--batch-size",
-        "2",
-        "--num-heads",
-        "2",
-        "--dtype",
-        "float32",
-        "--loss",
-        "hard",
-    ]
-    result = CliRunner().invoke(app, [*arguments, *options], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert "top-1 accuracy" in result.output
-    written = json.loads((config.out / "training.json").read_text())["config"]
-    assert (written["num_heads"], written["loss"], written["max_steps"]) == (2, "hard", 2)
-
-
-def test_command_has_an_option_for_every_setting() -> None:
-    from inspect import signature
-
-    from medusa_core.training.command import DEFAULTS
-
-    parameters = signature(train).parameters
-    assert set(parameters) == set(TrainConfig.__dataclass_fields__)
-    for name, parameter in parameters.items():
-        if name not in ("model", "data", "out"):
-            assert parameter.default == getattr(DEFAULTS, name), name
