@@ -41,6 +41,7 @@ class Runtime:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.model_name = settings.model_name  # once: it depends on what lies on disk
         self.created = int(time.time())
         self.metrics = ServerMetrics()
         self.scheduler = Scheduler(
@@ -137,7 +138,7 @@ class Runtime:
         )
         logger.info(
             "model %s ready after %.1f s: %s",
-            self.settings.model_name,
+            self.model_name,
             time.monotonic() - started,
             served.info,
         )

@@ -32,7 +32,7 @@ async def create_chat_completion(
     body: ChatRequest, request: Request, runtime: Annotated[Runtime, Depends(get_runtime)]
 ) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
-    if body.model != runtime.settings.model_name:
+    if body.model != runtime.model_name:
         raise errors.model_not_found(body.model)
     model = runtime.require_model()
     runtime.scheduler.check_room()  # before the work of tokenising
@@ -73,7 +73,7 @@ async def _complete(
     completion = ChatCompletion(
         id=generation.job.request_id,
         created=int(time.time()),
-        model=runtime.settings.model_name,
+        model=runtime.model_name,
         system_fingerprint=model.fingerprint,
         choices=[Choice(message=AssistantMessage(content=answer.text), finish_reason=answer.finish_reason)],
         usage=generation.usage(),

@@ -23,14 +23,14 @@ async def list_models(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Resp
 # A name may hold slashes, as hub ids do.
 @router.get("/v1/models/{model:path}", response_model=Model, responses={404: {"model": ErrorResponse}})
 async def retrieve_model(model: str, runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
-    if model != runtime.settings.model_name:
+    if model != runtime.model_name:
         raise errors.model_not_found(model)
     return json_response(_model(runtime))
 
 
 def _model(runtime: Runtime) -> Model:
     return Model(
-        id=runtime.settings.model_name,
+        id=runtime.model_name,
         created=runtime.created,
         context_length=runtime.model.info.context_length if runtime.model else None,
     )

@@ -30,6 +30,9 @@ TEXT_PARTS_SCHEMA: dict[str, Any] = {
         "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
     },
 }
+StopList = Annotated[
+    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)
+]
 STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
@@ -112,9 +115,8 @@ class ChatRequest(_Strict):
     top_p: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
     seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
     stop: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] | None,
+        StopList | None,
         BeforeValidator(_as_list),
-        Field(max_length=MAX_STOPS),
         WithJsonSchema(
             {
                 "anyOf": [

@@ -1,11 +1,14 @@
-"""Live servers on free loopback ports: uvicorn in a thread of this process, the worker in its own as always."""
+"""Live servers on free loopback ports: uvicorn in a thread, the worker in its own process as always."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +46,7 @@ class LiveServer:
         self.url = f"http://127.0.0.1:{self.listener.getsockname()[1]}"
         app = create_app(settings)
         self.runtime: Runtime = app.state.runtime
-        self.model = settings.model_name
+        self.model = self.runtime.model_name
         self.server = build_server(app)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self.listener]})
         self.thread.start()
@@ -58,7 +61,8 @@ class LiveServer:
 
     def wait_ready(self) -> None:
         eventually(
-            lambda: self.runtime.why_not_ready() is None or self.runtime.start_error is not None, START_SECONDS
+            lambda: self.runtime.why_not_ready() is None or self.runtime.start_error is not None,
+            START_SECONDS,
         )
         assert self.runtime.start_error is None, self.runtime.start_error
 
@@ -89,7 +93,10 @@ class LiveServer:
     def stream(self, **changes: Any) -> list[str]:
         """Payloads of all events of a stream, `[DONE]` included."""
         with httpx.stream(
-            "POST", f"{self.url}/v1/chat/completions", json=self.body(stream=True, **changes), timeout=WAIT_SECONDS
+            "POST",
+            f"{self.url}/v1/chat/completions",
+            json=self.body(stream=True, **changes),
+            timeout=WAIT_SECONDS,
         ) as answer:
             assert answer.status_code == 200, answer.read()
             return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
@@ -129,9 +136,14 @@ def endless_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: 
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     lm_head = weights["lm_head.weight"]
     heads = MedusaHeads.new(
-        hidden_size=lm_head.shape[1], vocab_size=lm_head.shape[0], num_heads=3, num_layers=1, lm_head_weight=lm_head
+        hidden_size=lm_head.shape[1],
+        vocab_size=lm_head.shape[0],
+        num_heads=3,
+        num_layers=1,
+        lm_head_weight=lm_head,
     )
     save_heads(heads, path / "medusa-1", base_model=str(path))
+    (path / "tree.json").write_text(json.dumps([[0], [1], [0, 0], [0, 0, 0]]))
     return path
 
 
@@ -159,9 +171,10 @@ def start_server(endless_model_dir: Path) -> Callable[..., LiveServer]:
 
 
 @pytest.fixture(scope="session")
-def shared_server(start_server: Callable[..., LiveServer]) -> Iterator[LiveServer]:
-    """One slot, a queue of 16, frequent keep-alives. Tests leave it as they find it."""
-    server = start_server(queue_limit=16, keepalive=0.2, measure=True)
+def shared_server(start_server: Callable[..., LiveServer], endless_model_dir: Path) -> Iterator[LiveServer]:
+    """One slot, a queue of 16, frequent keep-alives, a static tree. Tests leave it as they find it."""
+    tree = str(endless_model_dir / "tree.json")
+    server = start_server(queue_limit=16, keepalive=0.2, measure=True, static_tree=tree)
     yield server
     server.stop()
 
@@ -180,6 +193,22 @@ def wait_until() -> Callable[..., Any]:
 
 
 @pytest.fixture
+def open_request() -> Iterator[Callable[..., socket.socket]]:
+    """Send a request on a raw connection, which is closed after the test if not before."""
+    with contextlib.ExitStack() as connections:
+
+        def send(server: LiveServer, **changes: Any) -> socket.socket:
+            address = server.listener.getsockname()
+            content = json.dumps(server.body(**changes)).encode()
+            connection = connections.enter_context(socket.create_connection(address))
+            head = "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
+            connection.sendall(f"{head}content-length: {len(content)}\r\n\r\n".encode() + content)
+            return connection
+
+        yield send
+
+
+@pytest.fixture
 def run_async() -> Callable[[Any], Any]:
     """Run a coroutine with a time limit."""
 
@@ -191,3 +220,65 @@ def run_async() -> Callable[[Any], Any]:
         return asyncio.run(limited())
 
     return run
+
+
+def _medusa(flags: tuple[str, ...], environment: dict[str, str]) -> subprocess.Popen[str]:
+    """`medusa serve` with standard error and output in one pipe."""
+    return subprocess.Popen(
+        [sys.executable, "-c", "from server.cli import main; main()", "serve", *flags],
+        env={name: value for name, value in os.environ.items() if not name.startswith("MEDUSA_")}
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture
+def run_medusa() -> Callable[..., tuple[int, str]]:
+    """Run `medusa serve` to an end of its own; its exit code and output."""
+
+    def run(*flags: str, **environment: str) -> tuple[int, str]:
+        with _medusa(flags, environment) as process:
+            try:
+                output, _ = process.communicate(timeout=START_SECONDS)
+            finally:
+                process.kill()
+        return process.returncode, output
+
+    return run
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port: int = probe.getsockname()[1]
+    return port
+
+
+@pytest.fixture
+def start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+    """Start `medusa serve` on a free port and wait until it is ready; killed after the test if need be."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*flags: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            port = probe.getsockname()[1]
+        process = _medusa(("--port", str(port), *flags), environment)
+        started.append(process)
+        url = f"http://127.0.0.1:{port}"
+
+        def is_ready() -> bool:
+            assert process.poll() is None, process.communicate()
+            try:
+                return httpx.get(f"{url}/ready", timeout=5).status_code == 200
+            except httpx.TransportError:
+                return False
+
+        eventually(is_ready, START_SECONDS)
+        return process, url
+
+    yield start
+    for process in started:
+        with process:
+            process.kill()

@@ -1,0 +1,150 @@
+"""Workers that die, hang or never come back, and requests that run out of time."""
+
+import json
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+
+class Background:
+    """Requests in threads, with their results in order of asking."""
+
+    def __init__(self, calls):
+        self.results = [None] * len(calls)
+        self.threads = [threading.Thread(target=self._run, args=(i, call)) for i, call in enumerate(calls)]
+        for thread in self.threads:
+            thread.start()
+
+    def _run(self, index, call):
+        self.results[index] = call()
+
+    def join(self):
+        for thread in self.threads:
+            thread.join(120)
+            assert not thread.is_alive(), "a client hangs"
+        return self.results
+
+
+def error_of(events):
+    """The error event of a stream that ended with one and then [DONE]."""
+    *_, last, done = events
+    assert done == "[DONE]"
+    assert [event for event in events if '"error"' in event] == [last]
+    return json.loads(last)["error"]
+
+
+def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
+    server = start_server(slots=4, stall_timeout=3.0)
+    scheduler = server.runtime.scheduler
+    try:
+        streams = Background([lambda: server.stream(max_tokens=8000)] * 4)
+        wait_until(lambda: scheduler.num_running == 4)
+        first_pid = server.worker_pid
+        server.kill_worker()
+        for events in streams.join():
+            assert error_of(events)["code"] == "worker_lost"
+        # The next request waits for the restart.
+        assert server.post(timeout=120, max_tokens=3).status_code == 200
+        assert server.worker_pid != first_pid
+        assert server.metric("medusa_worker_restarts_total") == 1
+        assert server.metric("medusa_requests_total", finish_reason="error") == 4
+
+        # Alive but hung: judged only while work is pending.
+        server.kill_worker(signal.SIGSTOP)
+        time.sleep(3.5)
+        assert server.get("/ready").status_code == 200
+        streams = Background([lambda: server.stream(max_tokens=100)])
+        wait_until(lambda: server.get("/ready").status_code == 503)
+        assert error_of(streams.join()[0])["code"] == "worker_lost"
+        assert server.post(timeout=120, max_tokens=3).status_code == 200
+        assert server.get("/ready").status_code == 200
+    finally:
+        server.stop()
+
+
+def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
+    start_server, open_request, wait_until, caplog
+):
+    server = start_server(send_timeout=0.5, keepalive=0.05)
+    scheduler = server.runtime.scheduler
+    try:
+        # Small buffers, which accepted connections inherit; else the whole answer fits into the kernel's.
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        open_request(server, max_tokens=8000, stream=True)
+        wait_until(lambda: "left its stream unread" in caplog.text)
+        wait_until(lambda: scheduler.num_running == 0)
+        assert server.metric("medusa_requests_total", finish_reason="abort") == 1
+
+        running = Background([lambda: server.post(max_tokens=8000)])
+        wait_until(lambda: scheduler.num_running == 1)
+        waiting = Background(
+            [lambda: server.post(timeout=120, max_tokens=5)] * 2 + [lambda: server.stream(max_tokens=5)]
+        )
+        wait_until(lambda: scheduler.num_waiting == 3)
+        server.kill_worker()
+        [lost] = running.join()
+        assert lost.status_code == 500
+        assert lost.json()["error"]["code"] == "worker_lost"
+        *answers, events = waiting.join()
+        assert [answer.status_code for answer in answers] == [200, 200]
+        assert '"finish_reason":"length"' in events[-2]
+    finally:
+        server.stop()
+
+
+def test_deadlines_and_the_end_of_restarts(start_server, endless_model_dir, tmp_path, wait_until, caplog):
+    model = tmp_path / "endless"
+    shutil.copytree(endless_model_dir, model)
+    server = start_server(model=str(model), request_timeout=1.0, restart_limit=1)
+    scheduler = server.runtime.scheduler
+    try:
+        # Running: what there is, with finish_reason "length". Waiting: 503, as a status or inside the stream.
+        running = Background([lambda: server.post(max_tokens=8100)])
+        wait_until(lambda: scheduler.num_running == 1)
+        job = next(iter(scheduler._running.values()))
+        late = Background([lambda: server.post(max_tokens=8100), lambda: server.stream(max_tokens=8100)])
+        wait_until(lambda: scheduler.num_waiting == 2)
+        # Both wait for this one, whose own deadline would free the slot a moment before theirs.
+        server.server.servers[0].get_loop().call_soon_threadsafe(job.timer.cancel)
+        answer, events = late.join()
+        assert answer.status_code == 503
+        assert answer.json()["error"]["code"] == "queue_timeout"
+        assert answer.headers["retry-after"]
+        assert error_of(events)["code"] == "queue_timeout"
+        server.server.servers[0].get_loop().call_soon_threadsafe(scheduler._expire, job)
+        choice = running.join()[0].json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert len(choice["message"]["content"]) > 100
+        assert "cut short" in caplog.text
+
+        # With the model gone no restart can succeed.
+        shutil.rmtree(model)
+        streams = Background([lambda: server.stream(max_tokens=8000)])
+        wait_until(lambda: scheduler.num_running == 1)
+        server.kill_worker()
+        assert error_of(streams.join()[0])["code"] == "worker_lost"
+        wait_until(lambda: "given up after 1 restarts" in server.get("/ready").text, 120)
+        assert server.get("/ready").status_code == 503
+        assert server.get("/health").status_code == 200
+        refused = server.post()
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "no_worker"
+        assert "endless" not in refused.json()["error"]["message"], "no paths for clients"
+    finally:
+        server.stop()
+
+
+def test_worker_leaves_when_the_server_is_killed(endless_model_dir, start_medusa, wait_until):
+    process, _ = start_medusa("--model", str(endless_model_dir), "--dtype", "float32", "--measure", "false")
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
+    process.kill()
+    process.wait(10)
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in children))

@@ -1,0 +1,109 @@
+"""What a step and an ended request do to the metrics."""
+
+from prometheus_client import generate_latest
+
+from medusa_core.request import SpeculationMode, StepStats
+from server.metrics import ServerMetrics, acceptance_length
+
+DECODE = StepStats(
+    mode=SpeculationMode.EXACT,
+    is_prefill=False,
+    seconds=0.004,
+    propose_seconds=0.001,
+    verify_seconds=0.002,
+    commit_seconds=0.001,
+    baseline_seconds=0.006,
+    drafted=(4, 3, 1),
+    accepted=(1, 1, 0),
+)
+
+
+def sample(metrics, name, **labels):
+    return metrics.registry.get_sample_value(f"medusa_{name}", labels)
+
+
+def test_decode_step():
+    metrics = ServerMetrics()
+    metrics.observe_step(DECODE, 3)
+    assert sample(metrics, "decode_steps_total", mode="exact") == 1
+    assert sample(metrics, "generation_tokens_total", mode="exact") == 3
+    assert [sample(metrics, "drafted_tokens_total", head=str(head)) for head in range(3)] == [4, 3, 1]
+    assert [sample(metrics, "accepted_tokens_total", head=str(head)) for head in range(3)] == [1, 1, 0]
+    assert sample(metrics, "acceptance_length_sum") == 3
+    assert sample(metrics, "step_phase_seconds_sum", phase="verify") == 0.002
+    assert sample(metrics, "inter_token_latency_seconds_count") == 3, "one observation a token, not a step"
+    assert abs(sample(metrics, "inter_token_latency_seconds_sum") - 0.004) < 1e-12
+    speedup = sample(metrics, "baseline_seconds_total") / sample(metrics, "decode_seconds_total")
+    assert abs(speedup - 1.5) < 1e-9
+
+
+def test_steps_without_a_measured_baseline_stay_out_of_the_pair():
+    metrics = ServerMetrics()
+    metrics.observe_step(StepStats(mode=SpeculationMode.OFF, is_prefill=False, seconds=0.1), 1)
+    assert sample(metrics, "decode_seconds_total") == 0
+    assert sample(metrics, "baseline_seconds_total") == 0
+    assert sample(metrics, "decode_steps_total", mode="off") == 1
+
+
+def test_prefill_is_no_decode_step():
+    metrics = ServerMetrics()
+    metrics.observe_step(
+        StepStats(mode=SpeculationMode.EXACT, is_prefill=True, seconds=1.0, prompt_tokens=512), 0
+    )
+    metrics.observe_step(
+        StepStats(mode=SpeculationMode.EXACT, is_prefill=True, seconds=0.1, prompt_tokens=8), 1
+    )
+    assert sample(metrics, "prompt_tokens_total") == 520
+    assert sample(metrics, "generation_tokens_total", mode="exact") == 1
+    assert sample(metrics, "decode_steps_total", mode="exact") == 0
+    assert sample(metrics, "inter_token_latency_seconds_count") == 0
+
+
+def test_acceptance_length_counts_tokens_behind_a_stop():
+    assert acceptance_length(DECODE) == 3
+    metrics = ServerMetrics()
+    metrics.observe_step(DECODE, 0)
+    assert sample(metrics, "acceptance_length_sum") == 3
+    assert sample(metrics, "inter_token_latency_seconds_count") == 0
+
+
+def test_ends_and_gauges():
+    metrics = ServerMetrics()
+    metrics.watch_queue(lambda: 4, lambda: 2)
+    metrics.observe_end("stop", 0.5)
+    metrics.observe_rejection()
+    assert sample(metrics, "requests_total", finish_reason="stop") == 1
+    assert sample(metrics, "requests_total", finish_reason="rejected") == 1
+    assert sample(metrics, "request_seconds_count") == 1
+    assert (sample(metrics, "queue_depth"), sample(metrics, "running")) == (4, 2)
+
+
+def test_exposition_has_every_promised_metric():
+    """The issue's list, as Prometheus sees it before the first request."""
+    text = generate_latest(ServerMetrics().registry).decode()
+    types = dict(line.split()[2:4] for line in text.splitlines() if line.startswith("# TYPE"))
+    counters = [
+        "decode_steps",
+        "generation_tokens",
+        "prompt_tokens",
+        "drafted_tokens",
+        "accepted_tokens",
+        "requests",
+        "worker_restarts",
+        "client_retries",
+        "decode_seconds",
+        "baseline_seconds",
+    ]
+    histograms = [
+        "acceptance_length",
+        "step_phase_seconds",
+        "time_to_first_token_seconds",
+        "inter_token_latency_seconds",
+        "request_seconds",
+        "queue_wait_seconds",
+    ]
+    expected = {f"medusa_{name}_total": "counter" for name in counters}
+    expected |= {f"medusa_{name}": "histogram" for name in histograms}
+    assert types == expected | {"medusa_queue_depth": "gauge", "medusa_running": "gauge"}
+    assert 'medusa_inter_token_latency_seconds_bucket{le="0.0005"}' in text
+    assert "_created" not in text

@@ -1,0 +1,102 @@
+"""Settings: where they come from, what is refused and how that reads."""
+
+import pytest
+
+from medusa_core.errors import ConfigError
+from server.settings import EMBEDDED_NAME, Settings, load_settings, unknown_variables
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"MEDUSA_{name.upper()}", raising=False)
+
+
+def test_defaults():
+    settings = load_settings()
+    assert (settings.host, settings.port, settings.slots) == ("127.0.0.1", 8000, 1)
+    assert settings.model_name == EMBEDDED_NAME
+    assert settings.devices == ("auto",)
+
+
+def test_flags_override_the_environment(monkeypatch):
+    monkeypatch.setenv("MEDUSA_PORT", "9000")
+    monkeypatch.setenv("MEDUSA_SLOTS", "3")
+    settings = load_settings({"port": "9001", "slots": None})
+    assert (settings.port, settings.slots) == (9001, 3)
+
+
+def test_empty_variables_are_unset(monkeypatch):
+    monkeypatch.setenv("MEDUSA_HEADS", "")
+    monkeypatch.setenv("MEDUSA_PORT", "")
+    assert load_settings().heads is None
+    assert load_settings().port == 8000
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("port", "-1"),
+        ("port", "65536"),
+        ("metrics_port", "x"),
+        ("queue_limit", "-1"),
+        ("request_timeout", "0"),
+        ("request_timeout", "nan"),
+        ("drain_timeout", "-2"),
+        ("stall_timeout", "inf"),
+        ("keepalive", "-1"),
+        ("restart_limit", "-1"),
+        ("max_body_bytes", "3"),
+        ("log_level", "loud"),
+        ("speculation", "turbo"),
+        ("measure", "perhaps"),
+        ("slots", "many"),
+    ],
+)
+def test_bad_values_name_variable_flag_and_value(monkeypatch, name, value):
+    expected = f"MEDUSA_{name.upper()} (--{name.replace('_', '-')}): "
+    for load in ("flag", "variable"):
+        if load == "variable":
+            monkeypatch.setenv(f"MEDUSA_{name.upper()}", value)
+        with pytest.raises(ConfigError) as caught:
+            load_settings({name: value} if load == "flag" else None)
+        message = str(caught.value)
+        assert message.startswith(expected)
+        assert message.endswith(f"got {value!r}")
+        assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("slots", "0"), ("dtype", "int3"), ("max_length", "1"), ("tree_nodes", "999")]
+)
+def test_engine_settings_are_checked_by_the_core(name, value):
+    with pytest.raises(ConfigError, match=name):
+        load_settings({name: value})
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"port": "x", "queue_limit": "-1"})
+    assert "MEDUSA_PORT" in str(caught.value)
+    assert "MEDUSA_QUEUE_LIMIT" in str(caught.value)
+
+
+def test_devices_and_engine_config():
+    settings = load_settings(
+        {"device": "cuda:0, cuda:1", "slots": "2", "tree_nodes": "8", "dtype": "bfloat16"}
+    )
+    assert settings.devices == ("cuda:0", "cuda:1")
+    config = settings.engine_config("cuda:1")
+    assert (config.device, config.slots, config.tree_nodes, config.dtype) == ("cuda:1", 2, 8, "bfloat16")
+
+
+def test_model_name(tmp_path):
+    (tmp_path / "my-model").mkdir()
+    assert load_settings({"model": str(tmp_path / "my-model") + "/"}).model_name == "my-model"
+    assert load_settings({"model": "org/model"}).model_name == "org/model"
+    assert load_settings({"model": "org/model", "served_name": "chat"}).model_name == "chat"
+
+
+def test_unknown_variables():
+    environment = {"MEDUSA_PROT": "1", "MEDUSA_PORT": "1", "MEDUSA_slots": "1", "HOME": "/"}
+    assert unknown_variables(environment) == ["MEDUSA_PROT"]
