@@ -1,6 +1,7 @@
 """`medusa train`: an option for every field of `TrainConfig`, a table of the finished heads at the end."""
 
 import logging
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -150,11 +151,15 @@ def train(
     )
     if find_spec("accelerate") is None:
         raise ConfigError('training needs accelerate: pip install "medusa-serve[train]"')
-    logging.getLogger("medusa_core").setLevel(logging.INFO)  # losses, where no progress bar shows them
+    is_first = os.environ.get("RANK", "0") == "0"  # torchrun's number of this process
+    if is_first:
+        logging.getLogger("medusa_core").setLevel(logging.INFO)  # losses, where no progress bar shows them
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.training.trainer import train_heads
 
-    _show(train_heads(config), out)
+    report = train_heads(config)
+    if is_first:
+        _show(report, out)
 
 
 def _show(report: "TrainReport", out: Path) -> None:

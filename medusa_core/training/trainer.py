@@ -135,6 +135,7 @@ def _training_arguments(config: TrainConfig) -> HeadTrainingArguments:
         use_cpu=is_cpu,
         dataloader_pin_memory=not is_cpu,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         report_to="none",
         disable_tqdm=True,
     )

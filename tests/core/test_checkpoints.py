@@ -1,4 +1,4 @@
-"""Every published Medusa layout with its quirks: read, found, written. Broken ones: test_checkpoints_broken."""
+"""Every published Medusa layout with its quirks: read, found and written."""
 
 import json
 from collections.abc import Callable
