@@ -19,6 +19,8 @@ from server.metrics import ServerMetrics, acceptance_length
 
 logger = logging.getLogger(__name__)
 
+CHUNK_INTERVAL = 0.008  # seconds between batches of a request's tokens
+
 
 class WorkerPort(Protocol):
     """What the scheduler sees of a worker that is ready."""
@@ -50,7 +52,7 @@ class Job:
     prompt_ids: list[int]
     params: SamplingParams
     arrived: float
-    mailbox: Mailbox = field(default_factory=Mailbox)
+    mailbox: Mailbox = field(default_factory=lambda: Mailbox(CHUNK_INTERVAL))
     state: JobState = JobState.WAITING
     worker: WorkerPort | None = None
     timer: asyncio.TimerHandle | None = None

@@ -147,10 +147,22 @@ def test_one_token_needs_no_decode_step(live):
 
 def test_neutral_and_inert_parameters_are_accepted(live):
     neutral = {
-        **{"n": 1, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False, "logit_bias": {}},
-        **{"tools": [], "tool_choice": "none", "functions": [], "response_format": {"type": "text"}},
-        **{"store": False, "user": "me", "metadata": {"a": "b"}, "service_tier": "auto"},
-        **{"modalities": ["text"], "reasoning_effort": "none", "verbosity": "medium"},
+        "n": 1,
+        "presence_penalty": 0,
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "logit_bias": {},
+        "tools": [],
+        "tool_choice": "none",
+        "functions": [],
+        "response_format": {"type": "text"},
+        "store": False,
+        "user": "me",
+        "metadata": {"a": "b"},
+        "service_tier": "auto",
+        "modalities": ["text"],
+        "reasoning_effort": "none",
+        "verbosity": "medium",
     }
     assert live.text(**neutral) == live.text()
 

@@ -67,3 +67,34 @@ def test_a_cancelled_reader_leaves_the_mailbox_usable():
         assert await mailbox.take() == ([1], None)
 
     run(go())
+
+
+def test_batches_keep_their_distance_and_the_end_does_not_wait():
+    async def go():
+        mailbox = Mailbox(interval=1000.0)
+        mailbox.put((1,))
+        assert await mailbox.take() == ([1], None), "the first batch comes at once"
+        mailbox.put((2,))
+        reader = asyncio.create_task(mailbox.take())
+        await asyncio.sleep(0.02)
+        mailbox.put((3,))
+        await asyncio.sleep(0.02)
+        assert not reader.done()
+        mailbox.close(Finished(FinishReason.STOP))
+        assert await reader == ([2, 3], Finished(FinishReason.STOP))
+
+    run(go())
+
+
+def test_a_batch_comes_after_the_interval():
+    async def go():
+        mailbox = Mailbox(interval=0.02)
+        mailbox.put((1,))
+        await mailbox.take()
+        reader = asyncio.create_task(mailbox.take())
+        await asyncio.sleep(0)
+        mailbox.put((2,))
+        mailbox.put((3,))
+        assert await reader == ([2, 3], None)
+
+    run(go())
