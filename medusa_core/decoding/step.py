@@ -15,7 +15,7 @@ from medusa_core.decoding.timing import phase_timer
 from medusa_core.heads.base import DraftHeads
 from medusa_core.kv_cache import SlotCache
 from medusa_core.request import SamplingParams, SpeculationMode
-from medusa_core.sampling import draw_tokens, gumbel_noise, process_logits
+from medusa_core.sampling import decide_tokens, draw_tokens, gumbel_noise, process_logits
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,9 @@ class Speculator:
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """A sequence between steps: the root (decided, not cached) [B] and the hidden state that decided it [B, E]."""
+    """A sequence between steps: the root (decided, not cached) [B] and the hidden state that decided it
+    [B, E].
+    """
 
     roots_B: Tensor
     hidden_BE: Tensor
@@ -74,7 +76,7 @@ def first_state(
 ) -> tuple[DecodeState, int]:
     """Decide the first root, the token at `position`, from prefill's last row."""
     noise = None if params.is_greedy else gumbel_noise(params.seed, [position], token_ids_V)
-    root = draw_tokens(process_logits(output.logits_BTV[:, -1], params), params.temperature, noise)
+    root = decide_tokens(output.logits_BTV[:, -1], params, noise)
     return DecodeState(root, output.hidden_BTE[:, -1]), int(root)
 
 
@@ -86,7 +88,9 @@ def decode_step(
     speculator: Speculator | None,
     token_ids_V: Tensor,
 ) -> StepResult:
-    """One step of one slot. Without `speculator` this is ordinary decoding: a tree of one node, no head call."""
+    """One step of one slot. Without `speculator` this is ordinary decoding: a tree of one node, no head
+    call.
+    """
     timer = phase_timer(backbone.device)
     timer.mark()
     depth = speculator.drafter.max_depth if speculator else 0
@@ -129,7 +133,7 @@ def additive_mask(cached: int, visible_BTT: Tensor, dtype: torch.dtype) -> Tenso
 def _propose(
     speculator: Speculator, state: DecodeState, params: SamplingParams, noise: Tensor | None
 ) -> DraftTree:
-    logits = speculator.heads.draft_logits(state.hidden_BE)
+    logits = speculator.heads.draft_logits(state.hidden_BE)[:, : speculator.drafter.max_depth]
     scores = couple(logits, params.temperature, noise if speculator.coupled else None)
     return speculator.drafter.draft(scores, state.roots_B, speculator.taus)
 
@@ -143,16 +147,18 @@ def _accept(
     tree: DraftTree, logits_BTV: Tensor, params: SamplingParams, noise: Tensor | None
 ) -> tuple[Accepted, Tensor]:
     """The accepted path and every node's own next token [B, T]."""
-    processed = process_logits(logits_BTV, params)
     node_noise = None if noise is None else noise[tree.depths_BT]
-    targets = draw_tokens(processed, params.temperature, node_noise)
     speculation = params.speculation
     if speculation.mode is SpeculationMode.TYPICAL and not params.is_greedy:
+        processed = process_logits(logits_BTV, params)
+        targets = draw_tokens(processed, params.temperature, node_noise)
         log_probs = (processed / params.temperature).log_softmax(dim=-1)
         right, scores = typical_drafts(
             tree.tokens_BT, tree.parents_BT, log_probs, speculation.epsilon, speculation.delta
         )
         return longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth, scores), targets
+    flat_noise = None if node_noise is None else node_noise.flatten(0, 1)
+    targets = decide_tokens(logits_BTV.flatten(0, 1), params, flat_noise).view_as(tree.tokens_BT)
     right = match_drafts(tree.tokens_BT, tree.parents_BT, targets)
     return longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth), targets
 
