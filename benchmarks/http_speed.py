@@ -22,10 +22,10 @@ import httpx
 import typer
 
 from medusa_core.benchmark.bench import engine_facts, fitting_prompts, machine_facts
-from medusa_core.benchmark.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine import Engine
+from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 from medusa_core.request import SamplingParams
 
 START_SECONDS = 180.0

@@ -19,10 +19,10 @@ from medusa_core.benchmark import report
 from medusa_core.benchmark.bench import BenchSettings, fitting_prompts, machine_facts, run_bench
 from medusa_core.benchmark.compare import Variant, interleave
 from medusa_core.benchmark.inflated import SHAPES, inflated_engine
-from medusa_core.benchmark.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 from medusa_core.benchmark.runs import engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine import Engine
+from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 from medusa_core.request import SpeculationParams
 
 DTYPES = ("float32", "bfloat16")
