@@ -14,8 +14,8 @@ from torch import Tensor
 class Accepted:
     """The accepted path per slot.
 
-    `path_BD` [B, D+1]: node indices, root first, meaningless beyond `count_B` drafts. `leaf_B`: last node of the
-    path. `count_B`: accepted drafts a, 0..D.
+    `path_BD` [B, D+1]: node indices, root first, meaningless beyond `count_B` drafts. `leaf_B`: last node of
+    the path. `count_B`: accepted drafts a, 0..D.
     """
 
     path_BD: Tensor
@@ -24,7 +24,8 @@ class Accepted:
 
 
 def match_drafts(tokens_BT: Tensor, parents_BT: Tensor, targets_BT: Tensor) -> Tensor:
-    """Exact acceptance, greedy included: a draft is right if its parent's own next token [B, T] is that draft.
+    """Exact acceptance, greedy included: a draft is right if its parent's own next token [B, T] is that
+    draft.
 
     The author's lossless rule (FasterDecoding/Medusa #56), with the target's draw in place of the argmax.
     """
@@ -52,9 +53,15 @@ def typical_drafts(
 
 
 def longest_path(
-    acceptable_BT: Tensor, ancestors_BTT: Tensor, depths_BT: Tensor, max_depth: int, tie_score_BT: Tensor | None = None
+    acceptable_BT: Tensor,
+    ancestors_BTT: Tensor,
+    depths_BT: Tensor,
+    max_depth: int,
+    tie_score_BT: Tensor | None = None,
 ) -> Accepted:
-    """The deepest node all of whose path is acceptable; ties by the path's summed `tie_score_BT`, then first."""
+    """The deepest node all of whose path is acceptable; ties by the path's summed `tie_score_BT`, then
+    first.
+    """
     reached = (acceptable_BT[:, None, :] | ~ancestors_BTT).all(dim=-1)
     reached_depth = torch.where(reached, depths_BT, -1)
     if tie_score_BT is None:

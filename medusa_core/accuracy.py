@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,8 +11,8 @@ from medusa_core.errors import CheckpointError
 
 FILE_NAME = "calibration.json"
 FORMAT_VERSION = 1
-# Vicuna-7B v0.1 heads, top-1..top-5 increments (Medusa repository, medusa_acc.csv): a stand-in until heads are
-# calibrated. It only shapes the static tree and its expected length, never what is accepted.
+# Vicuna-7B v0.1 heads, top-1..top-5 increments (Medusa repository, medusa_acc.csv): a stand-in until heads
+# are calibrated. It only shapes the static tree and its expected length, never what is accepted.
 TYPICAL_ACCURACIES = (
     (0.560, 0.111, 0.056, 0.032, 0.020),
     (0.316, 0.107, 0.062, 0.043, 0.034),
@@ -27,10 +26,11 @@ TYPICAL_ACCURACIES = (
 class HeadCalibration:
     """Measured accuracy and confidence of K draft heads.
 
-    `accuracies[k][r]`: share of positions at which head k's guess of rank r was the model's token; `counts[k]`:
-    positions behind it. `temperatures`: sampling temperature -> tau per head, the divisor that makes the heads'
-    scores probabilities of being right. `expected`: tree kind ("static", "dynamic") -> nodes (root included) ->
-    mean acceptance length in tokens per step. `tree_nodes`: the size that was fastest on `machine`.
+    `accuracies[k][r]`: share of positions at which head k's guess of rank r was the model's token;
+    `counts[k]`: positions behind it. `temperatures`: sampling temperature -> tau per head, the divisor that
+    makes the heads' scores probabilities of being right. `expected`: tree kind ("static", "dynamic") -> nodes
+    (root included) -> mean acceptance length in tokens per step. `tree_nodes`: the size that was fastest on
+    `machine`.
     """
 
     accuracies: tuple[tuple[float, ...], ...]
@@ -77,7 +77,7 @@ def save_calibration(calibration: HeadCalibration, directory: Path) -> Path:
     temporary = target.with_suffix(".tmp")
     data = {"format": FORMAT_VERSION, **asdict(calibration)}
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, target)
+    temporary.replace(target)
     return target
 
 

@@ -5,15 +5,19 @@ decoding needs. Shapes: B slots, T new tokens, S cached tokens, E hidden, V voca
 """
 
 import contextlib
-import os
+import inspect
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from medusa_core.errors import CheckpointError
@@ -23,6 +27,11 @@ IGNORED_KEYS = ("medusa_head.", "rotary_emb.inv_freq", "masked_bias", "attn.bias
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 # Rotary tables that switch with the length seen: cached keys would not match recomputed ones past this point.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
+# What transformers lets through from damaged files and senseless configs, found by damaging them.
+LOADING_FAILURES = (
+    *(OSError, EOFError, ValueError, RuntimeError, LookupError, ImportError, TypeError, AttributeError),
+    *(ArithmeticError, pickle.UnpicklingError, SafetensorError, StrictDataclassError),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,7 @@ class Backbone:
         self.dtype = next(model.parameters()).dtype
         self.window = _sliding_window(self.config)
         self._layer_types = _attention_types(self.config)
+        _check_takes_positions(model)
         self._cache_shape = self._probe_cache_shape()
         self.splits = self._probe_split()  # logits are just the output layer on the hidden states
 
@@ -62,9 +72,11 @@ class Backbone:
     def max_positions(self) -> int:
         """Longest context that ordinary decoding and ours agree on."""
         limit = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 20)
-        rope = getattr(self.config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-            limit = int(rope.get("original_max_position_embeddings") or limit)
+        ropes = getattr(self.config, "rope_parameters", None) or {}
+        # One set for all layers, or one by type of layer.
+        for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):
+            if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+                limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
         return limit
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
@@ -85,8 +97,8 @@ class Backbone:
     ) -> BackboneOutput:
         """Run T tokens; their keys and values go behind the cache's committed rows, uncommitted.
 
-        `mask` [B, 1, T, S+T] is additive (0 or the dtype's minimum) without the sliding window, which is applied
-        here where the model has one. Logits are computed for tokens `logits_from` on.
+        `mask` [B, 1, T, S+T] is additive (0 or the dtype's minimum) without the sliding window, which is
+        applied here where the model has one. Logits are computed for tokens `logits_from` on.
         """
         kwargs: dict[str, Any] = {
             "input_ids": tokens_BT,
@@ -125,15 +137,19 @@ class Backbone:
         """(layers, key/value heads, head dimension), read off a one-token run."""
         cache = DynamicCache()
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache)
-        shapes = {(layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3]) for layer in cache.layers}
-        heads, head_dim, value_dim = min(shapes)
-        if len(shapes) != 1 or head_dim != value_dim:
-            raise CheckpointError(f"layers with different key/value shapes are not supported: {sorted(shapes)}")
-        return len(cache.layers), int(heads), int(head_dim)
+        shapes = set()
+        for layer in cache.layers:
+            if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+                raise CheckpointError(f"layers that keep a {type(layer).__name__} are not supported")
+            shapes.add((int(layer.keys.shape[1]), int(layer.keys.shape[3]), int(layer.values.shape[3])))
+        if len(shapes) != 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
+            raise CheckpointError(f"layers must share one key/value shape, not {sorted(shapes)}")
+        heads, head_dim, _ = shapes.pop()
+        return len(cache.layers), heads, head_dim
 
     @torch.inference_mode()
     def _probe_split(self) -> bool:
-        """Whether the logits are just the output layer on the base model's hidden states (no soft cap or scale)."""
+        """Whether logits are the output layer's product with the hidden states: no soft cap, no scale."""
         ids = torch.arange(4, device=self.device)[None]
         whole = self.model(input_ids=ids, use_cache=False).logits
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
@@ -144,24 +160,52 @@ def load_backbone(
     model: str | Path, *, dtype: torch.dtype, device: torch.device, vocab_size: int | None = None
 ) -> Backbone:
     """Load a causal LM from a directory or Hub name. Raises `CheckpointError` in one readable line."""
-    if os.path.isabs(str(model)) and not Path(model).is_dir():
+    path = Path(model).expanduser()
+    if not path.is_dir() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
         raise CheckpointError(f"no model directory at {model}")
     try:
         with _quiet_transformers():
-            loaded, info = AutoModelForCausalLM.from_pretrained(
-                str(model), dtype=dtype, trust_remote_code=False, output_loading_info=True
-            )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot load the model {model}: {reason[0]}") from error
-    _check_loading(str(model), info)
-    return Backbone(loaded.to(device), vocab_size=vocab_size)
+            loaded, info = _from_pretrained(str(path if path.is_dir() else model), dtype)
+        _check_loading(str(model), info)
+        return Backbone(loaded.to(device), vocab_size=vocab_size)  # type: ignore[arg-type]
+    except LOADING_FAILURES as error:
+        raise CheckpointError(f"cannot load the model {model}: {_reason(error)}") from error
+
+
+def _from_pretrained(model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model and what was odd about its weights; nothing of the repository's own code runs."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype,
+        trust_remote_code=False,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # so that they come back by name: `_check_loading` refuses them
+    )
+    return loaded[0], loaded[1]
+
+
+def _reason(error: Exception) -> str:
+    """One line on what went wrong."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "its .bin weights are damaged or hold more than tensors"  # torch's text advises to trust them
+    if isinstance(error, torch.OutOfMemoryError):
+        return "it does not fit the device's memory"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
+    if text and isinstance(error, (OSError, ValueError, RuntimeError, ImportError)):
+        return text
+    return f"{type(error).__name__}: {text}"
 
 
 def _check_loading(model: str, info: dict[str, Any]) -> None:
     missing = sorted(info.get("missing_keys", ()))
     if missing:
         raise CheckpointError(f"{model} lacks weights: {_some(missing)}")
+    misshapen = sorted(
+        str(key if isinstance(key, str) else key[0]) for key in info.get("mismatched_keys", ())
+    )
+    if misshapen:
+        raise CheckpointError(f"{model} has weights of other shapes than its config says: {_some(misshapen)}")
     unexpected = sorted(
         key for key in info.get("unexpected_keys", ()) if not any(part in key for part in IGNORED_KEYS)
     )
@@ -188,10 +232,21 @@ def _quiet_transformers() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+def _check_takes_positions(model: PreTrainedModel) -> None:
+    """Nodes of one depth share a position: impossible where it is counted off in a row (ALiBi)."""
+    takes = inspect.signature(model.base_model.forward).parameters
+    if "position_ids" not in takes or getattr(model.config, "alibi", False):
+        raise CheckpointError(
+            f"{type(model).__name__} takes no positions of its tokens, which a draft tree needs"
+        )
+
+
 def _attention_types(config: Any) -> set[str]:
     types = set(getattr(config, "layer_types", None) or ())
     if types - ATTENTION_TYPES:
-        raise CheckpointError(f"layers of type {', '.join(sorted(types - ATTENTION_TYPES))} are not supported")
+        raise CheckpointError(
+            f"layers of type {', '.join(sorted(types - ATTENTION_TYPES))} are not supported"
+        )
     if not types and getattr(config, "sliding_window", None):
         return {"sliding_attention"}
     return types
@@ -200,4 +255,3 @@ def _attention_types(config: Any) -> set[str]:
 def _sliding_window(config: Any) -> int | None:
     window = getattr(config, "sliding_window", None)
     return int(window) if window and "sliding_attention" in _attention_types(config) else None
-

@@ -33,9 +33,7 @@ def calibrate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled answers.")] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(
-            file_okay=False, help="Folder for calibration.json.", show_default="beside the heads"
-        ),
+        typer.Option(file_okay=False, help="Folder for calibration.json.", show_default="beside the heads"),
     ] = None,
     model: options.ModelOption = str(EMBEDDED_MODEL),
     heads: options.HeadsOption = None,
@@ -60,7 +58,9 @@ def calibrate(
     engine = options.load_engine(model, heads, config)
     target = out or (Path(engine.info.heads) if engine.info.heads else None)
     if target is None:
-        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some beside it")
+        raise DataError(
+            "there are no draft heads to calibrate: give --heads or a model that has some beside it"
+        )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
     with Console(stderr=True).status("calibrating") as status:
@@ -81,7 +81,9 @@ def accuracy_table(calibration: "HeadCalibration") -> "Table":
     table = Table(title="Head accuracy (share of positions at which the guess was the model's token)")
     for name in ("head", *(f"rank {r + 1}" for r in range(SHOWN_RANKS)), "95 % (rank 1)", "positions"):
         table.add_column(name, justify="right")
-    for head, (row, count) in enumerate(zip(calibration.accuracies, calibration.counts, strict=True), start=1):
+    for head, (row, count) in enumerate(
+        zip(calibration.accuracies, calibration.counts, strict=True), start=1
+    ):
         low, high = wilson_interval(row[0], count)
         table.add_row(
             str(head), *(f"{x:.3f}" for x in row[:SHOWN_RANKS]), f"{low:.3f}-{high:.3f}", str(count)

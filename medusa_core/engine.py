@@ -3,12 +3,14 @@
     engine = Engine.from_pretrained(model, heads=...)
     for output in engine.generate([{"role": "user", "content": "Hello"}]):
         print(engine.tokenizer.decode(output.token_ids), end="")
+
+One thread at a time may use an engine.
 """
 
-import logging
+import operator
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,41 +18,26 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medusa_core.accuracy import HeadCalibration
 from medusa_core.backbone import Backbone
-from medusa_core.config import DEFAULT_CONTEXT_LIMIT, EMBEDDED_MODEL, EngineConfig
-from medusa_core.decoding.step import DecodeState, Speculator, StepResult, decode_step, first_state, prefill_chunk
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.decoding.step import Speculator, decode_step, first_state, prefill_chunk
 from medusa_core.decoding.timing import phase_timer
-from medusa_core.errors import CapacityError, ConfigError, MedusaError, RequestError
+from medusa_core.engine_info import EngineInfo
+from medusa_core.errors import CapacityError, MedusaError, RequestError
 from medusa_core.governor import Governor
 from medusa_core.heads.base import DraftHeads
-from medusa_core.loading import EngineParts, calibration_or_default, load_parts
-from medusa_core.request import FinishReason, SamplingParams, SpeculationMode, StepOutput, StepStats
-from medusa_core.sequence import Sequence, cut_run
-from medusa_core.speculation import DYNAMIC, STATIC, SpeculatorFactory
-from medusa_core.step_times import TREE_SIZES, StepTimes, fastest_size, measure_step_times
+from medusa_core.loading import EngineParts, load_parts, resolve_context_length, speculator_factory
+from medusa_core.outputs import decode_stats, emit, failed
+from medusa_core.request import SamplingParams, SpeculationMode, StepOutput, StepStats
+from medusa_core.sequence import Sequence
+from medusa_core.speculation import DYNAMIC, STATIC
+from medusa_core.step_timer import StepTimer
+from medusa_core.step_times import TREE_SIZES, StepTimes, fastest_size
 from medusa_core.tokenizer import ChatTokenizer
-from medusa_core.tree import load_tree
 
-logger = logging.getLogger(__name__)
+__all__ = ["Engine", "EngineInfo", "Prompt"]
 
 DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
 Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineInfo:
-    """What an engine runs, for logs, `/v1/models` and benchmarks."""
-
-    model: str
-    heads: str | None
-    num_heads: int
-    parameters: int
-    context_length: int
-    vocab_size: int
-    dtype: str
-    device: str
-    tree_nodes: int
-    trees: tuple[str, ...]
-    slots: int
 
 
 class Engine:
@@ -59,13 +46,14 @@ class Engine:
     def __init__(self, parts: EngineParts, config: EngineConfig) -> None:
         self.config, self.backbone, self.chat = config, parts.backbone, parts.chat
         self.heads = parts.heads
-        self.context_length = _context_length(config, parts.backbone)
+        self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
-        self.speculation = _speculator_factory(parts, config)
+        self.speculation = speculator_factory(parts, config.static_tree)
         self._cache = self.backbone.new_cache(config.slots, self.context_length + self._scratch_nodes())
         self._token_ids = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
-        self._active: dict[str, Sequence] = {}
-        self.step_times = self._measure() if config.measure else StepTimes()
+        self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
+        timer = StepTimer(self.backbone, self._cache, self.speculation)
+        self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
         self._governor = Governor(self.tree_nodes)
 
@@ -138,8 +126,8 @@ class Engine:
         return SamplingParams(**given)
 
     def add(self, request_id: str, prompt_ids: SequenceOf[int], params: SamplingParams) -> None:
-        """Give a request a slot. Raises `RequestError` (also `CapacityError`) or `TreeError`; nothing is changed then."""
-        ids = list(prompt_ids)
+        """Give a request a slot. `RequestError` (also `CapacityError`) or `TreeError` leave all as it was."""
+        ids = _whole_numbers(prompt_ids)
         self._check_request(request_id, ids, params)
         if self.num_free_slots == 0:
             raise CapacityError(f"all {self.config.slots} slots are taken")
@@ -166,29 +154,29 @@ class Engine:
     def step(self) -> list[StepOutput]:
         """Advance the sequence whose turn it is: one prefill chunk or one decode step. Empty list if idle.
 
-        A request that fails ends alone, with `FinishReason.ERROR`; a broken device raises.
+        A request that fails ends alone, with `FinishReason.ERROR`. What escapes (a lost device, an interrupt)
+        takes its request along: the slot is free again, as the step may have stopped half-way.
         """
         if not self._active:
             return []
-        request_id = next(iter(self._active))
-        sequence = self._active.pop(request_id)
+        sequence = next(iter(self._active.values()))
         try:
-            with torch.inference_mode():
-                output = self._prefill(sequence) if sequence.state is None else self._decode(sequence)
-        except (MedusaError, RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise  # the device context is lost: nothing here can go on
-            output = _failed(request_id, error)
+            output = self._advance(sequence)
+        except BaseException:
+            self.abort(sequence.request_id)
+            raise
         if output.finish_reason is None:
-            self._active[request_id] = sequence  # behind the others: they take turns
+            self._active.move_to_end(sequence.request_id)  # they take turns
         else:
-            self._cache.release(sequence.slot)
+            self.abort(sequence.request_id)
         return [output]
 
     def generate(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StepOutput]:
         """Decode one prompt (text, token ids or chat messages) on an idle engine, step by step."""
         if self.has_work:
-            raise CapacityError("generate() needs an idle engine; use add() and step() beside running requests")
+            raise CapacityError(
+                "generate() needs an idle engine; beside running requests use add() and step()"
+            )
         request_id = "generate"
         self.add(request_id, self._encode(prompt), params or self.default_params())
         try:
@@ -197,12 +185,24 @@ class Engine:
         finally:
             self.abort(request_id)
 
+    @torch.inference_mode()
+    def _advance(self, sequence: Sequence) -> StepOutput:
+        try:
+            return self._prefill(sequence) if sequence.state is None else self._decode(sequence)
+        except (MedusaError, RuntimeError, ValueError, LookupError, TypeError) as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device context is lost: nothing here can go on
+            return failed(sequence.request_id, error)
+
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return list(self.tokenizer.encode(prompt))
-        if prompt and isinstance(prompt[0], Mapping):
-            return self.chat.render([m for m in prompt if isinstance(m, Mapping)])
-        return [token for token in prompt if isinstance(token, int)]
+            return self.chat.encode(prompt)
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if not messages:
+            return _whole_numbers(prompt)
+        if len(messages) < len(prompt):
+            raise RequestError("a prompt is text, token ids or messages, not a mixture of them")
+        return self.chat.render(messages)
 
     def _check_request(self, request_id: str, ids: list[int], params: SamplingParams) -> None:
         if request_id in self._active:
@@ -210,9 +210,8 @@ class Engine:
         if not ids:
             raise RequestError("the prompt is empty")
         if len(ids) >= self.context_length:
-            raise RequestError(
-                f"the prompt has {len(ids)} tokens; with room for an answer at most {self.context_length - 1} fit"
-            )
+            most = self.context_length - 1
+            raise RequestError(f"the prompt has {len(ids)} tokens; at most {most} leave room for an answer")
         if not all(0 <= token < self.backbone.vocab_size for token in ids):
             raise RequestError(f"prompt token ids must be between 0 and {self.backbone.vocab_size - 1}")
         tree = params.speculation.tree
@@ -230,7 +229,9 @@ class Engine:
         sequence.num_prefilled += len(chunk)
         tokens: list[int] = []
         if sequence.num_prefilled == len(sequence.prompt_ids):
-            sequence.state, first = first_state(output, sequence.params, len(sequence.prompt_ids), self._token_ids)
+            sequence.state, first = first_state(
+                output, sequence.params, len(sequence.prompt_ids), self._token_ids
+            )
             tokens = [first]
         timer.mark()
         stats = StepStats(
@@ -239,7 +240,7 @@ class Engine:
             seconds=sum(timer.seconds()),
             prompt_tokens=len(chunk),
         )
-        return _emit(sequence, tokens, stats)
+        return emit(sequence, tokens, stats)
 
     def _decode(self, sequence: Sequence) -> StepOutput:
         assert sequence.state is not None
@@ -247,16 +248,18 @@ class Engine:
         context = cache.length
         nodes = self._governor.nodes
         speculator = self._speculator(sequence, nodes)
-        result = decode_step(self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids)
+        result = decode_step(
+            self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids
+        )
         sequence.state = result.state
         baseline = self.step_times.baseline_seconds(context) * len(result.token_ids)
         if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
             self._governor.observe(result.seconds, baseline)
         mode = sequence.params.speculation.mode if speculator else SpeculationMode.OFF
-        return _emit(sequence, result.token_ids, _decode_stats(result, mode, baseline))
+        return emit(sequence, result.token_ids, decode_stats(result, mode, baseline))
 
     def _speculator(self, sequence: Sequence, nodes: int) -> Speculator | None:
-        """None near the end of the budget or context, where no draft could be kept or its position not exist."""
+        """None where the budget or context ends: no draft could be kept, or it would have no position."""
         params = sequence.params
         if self.speculation is None or params.speculation.mode is SpeculationMode.OFF or sequence.budget <= 1:
             return None
@@ -266,37 +269,18 @@ class Engine:
         return speculator
 
     def _is_governed(self, params: SamplingParams) -> bool:
-        off = params.speculation.mode is SpeculationMode.OFF
-        return self.speculation is not None and not off and self.speculation.is_adaptive(params.speculation.tree)
+        if self.speculation is None or params.speculation.mode is SpeculationMode.OFF:
+            return False
+        return self.speculation.is_adaptive(params.speculation.tree)
 
     def _mode(self, params: SamplingParams) -> SpeculationMode:
         return params.speculation.mode if self.speculation else SpeculationMode.OFF
 
     def _scratch_nodes(self) -> int:
-        """Cache rows behind the context for the widest tree a request can ask for."""
-        largest = self.speculation.largest if self.speculation else 1
-        return max(largest, self.config.tree_nodes or max(TREE_SIZES))
-
-    def _measure(self) -> StepTimes:
-        sizes = TREE_SIZES if self.speculation else ()
-        with torch.inference_mode():
-            times = measure_step_times(self._timed_step, self.context_length, sizes)
-        logger.info("step times (ms): %s", {n: round(1e3 * t, 2) for n, t in times.trees.items()})
-        return times
-
-    def _timed_step(self, nodes: int, context: int) -> float:
-        """Seconds of one greedy decode step over `context` cached (zero) tokens in a free slot."""
-        slot = self._cache.acquire()
-        cache = self._cache.slots[slot]
-        cache.append(context)
-        hidden = torch.zeros(1, self.backbone.hidden_size, dtype=self.backbone.dtype, device=self.backbone.device)
-        state = DecodeState(self._token_ids[:1], hidden)
-        params = SamplingParams(temperature=0.0)
-        speculator = self.speculation.speculator(params, nodes) if self.speculation else None
-        try:
-            return decode_step(self.backbone, cache, state, params, speculator, self._token_ids).seconds
-        finally:
-            self._cache.release(slot)
+        """Cache rows behind the context for the largest tree that is measured or asked for."""
+        if self.speculation is None:
+            return 1
+        return max(self.speculation.largest, self.config.tree_nodes or 1, *TREE_SIZES)
 
     def _choose_tree_nodes(self) -> int:
         if self.speculation is None:
@@ -308,63 +292,9 @@ class Engine:
         return fastest_size(self.step_times, self.speculation.calibration)
 
 
-def _context_length(config: EngineConfig, backbone: Backbone) -> int:
-    limit = backbone.max_positions
-    if config.max_length is None:
-        return min(limit, DEFAULT_CONTEXT_LIMIT)
-    if config.max_length > limit:
-        raise ConfigError(f"max_length {config.max_length} is beyond the model's {limit} positions")
-    return config.max_length
-
-
-def _speculator_factory(parts: EngineParts, config: EngineConfig) -> SpeculatorFactory | None:
-    if parts.heads is None:
-        if config.static_tree is not None:
-            raise ConfigError(f"static_tree {config.static_tree!r} is set, but there are no draft heads to fill it")
-        return None
-    return SpeculatorFactory(
-        parts.heads,
-        calibration_or_default(parts.calibration, parts.heads),
-        parts.backbone.device,
-        load_tree(config.static_tree) if config.static_tree is not None else None,
-    )
-
-
-def _emit(sequence: Sequence, token_ids: list[int], stats: StepStats) -> StepOutput:
-    """Cut the run at its first stop and book what is left."""
-    cut = cut_run(token_ids, sequence.stop_ids, sequence.budget)
-    sequence.num_generated += len(cut.token_ids)
-    return StepOutput(
-        request_id=sequence.request_id,
-        token_ids=cut.token_ids,
-        stats=stats,
-        finish_reason=cut.finish_reason if token_ids else None,
-        stop_token_id=cut.stop_token_id,
-    )
-
-
-def _decode_stats(result: StepResult, mode: SpeculationMode, baseline_seconds: float) -> StepStats:
-    return StepStats(
-        mode=mode,
-        is_prefill=False,
-        seconds=result.seconds,
-        propose_seconds=result.propose_seconds,
-        verify_seconds=result.verify_seconds,
-        commit_seconds=result.commit_seconds,
-        baseline_seconds=baseline_seconds,
-        tree_nodes=result.tree_nodes,
-        drafted=result.drafted,
-        accepted=tuple(int(depth < result.accepted) for depth in range(len(result.drafted))),
-    )
-
-
-def _failed(request_id: str, error: Exception) -> StepOutput:
-    logger.error("request %s failed", request_id, exc_info=error)
-    if isinstance(error, torch.OutOfMemoryError):
-        torch.cuda.empty_cache()
-    return StepOutput(
-        request_id=request_id,
-        token_ids=(),
-        finish_reason=FinishReason.ERROR,
-        error=f"{type(error).__name__}: {error}",
-    )
+def _whole_numbers(token_ids: SequenceOf[object]) -> list[int]:
+    """Token ids as plain integers, numpy's and torch's included."""
+    try:
+        return [operator.index(token) for token in token_ids]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise RequestError(f"prompt token ids must be whole numbers: {error}") from error

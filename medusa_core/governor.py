@@ -5,12 +5,12 @@ import logging
 logger = logging.getLogger(__name__)
 
 WINDOW_STEPS = 96
-RETRY_STEPS = 1000  # steps without speculation before the smallest tree gets another chance; doubles each time
+RETRY_STEPS = 1000  # without speculation, before the smallest tree gets another chance; doubles each time
 MAX_RETRY_STEPS = 64_000
 
 
 class Governor:
-    """Judges windows of decode steps: seconds they took against what the same tokens take without speculation."""
+    """Judges windows of decode steps: their seconds against what their tokens take without speculation."""
 
     def __init__(self, nodes: int) -> None:
         self._ladder = [1]
@@ -28,7 +28,7 @@ class Governor:
         return self._ladder[self._rung]
 
     def observe(self, seconds: float, baseline_seconds: float) -> None:
-        """Take in one decode step that ran with the governor's size. Baseline 0.0 means unknown: not judged."""
+        """Take in one decode step that ran with the governor's size. A baseline of 0.0 is unknown."""
         if baseline_seconds <= 0.0 or len(self._ladder) == 1:
             return
         self._steps += 1

@@ -10,10 +10,12 @@ from transformers import AutoConfig
 from medusa_core.accuracy import HeadCalibration, default_calibration, load_calibration
 from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.checkpoints import find_heads, load_heads
-from medusa_core.config import EngineConfig
+from medusa_core.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.heads.base import DraftHeads
+from medusa_core.speculation import SpeculatorFactory
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+from medusa_core.tree import load_tree
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +52,36 @@ def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig
         dtype=dtype,
         device=device,
     )
-    calibration = load_calibration(Path(source)) if Path(source).is_dir() else None
+    calibration = _calibration_beside(Path(source))
     if calibration is not None and calibration.num_heads != loaded.num_heads:
         raise CheckpointError(
-            f"{source}: calibration.json is for {calibration.num_heads} heads, the file holds {loaded.num_heads}: "
-            "run `medusa calibrate` again"
+            f"{source}: calibration.json is for {calibration.num_heads} heads, the file holds "
+            f"{loaded.num_heads}: run `medusa calibrate` again"
         )
     return EngineParts(backbone, chat, loaded, calibration, str(model), str(source))
+
+
+def speculator_factory(parts: EngineParts, static_tree: str | None) -> SpeculatorFactory | None:
+    """What turns requests into draft trees; None without heads. Raises `TreeError` or `ConfigError`."""
+    if parts.heads is None:
+        if static_tree is not None:
+            raise ConfigError(f"static_tree {static_tree!r} is set, but there are no draft heads to fill it")
+        return None
+    return SpeculatorFactory(
+        parts.heads,
+        calibration_or_default(parts.calibration, parts.heads),
+        parts.backbone.device,
+        load_tree(static_tree) if static_tree is not None else None,
+    )
+
+
+def resolve_context_length(max_length: int | None, max_positions: int) -> int:
+    """Tokens of prompt and answer together. Raises `ConfigError` beyond what the model has positions for."""
+    if max_length is None:
+        return min(max_positions, DEFAULT_CONTEXT_LIMIT)
+    if max_length > max_positions:
+        raise ConfigError(f"max_length {max_length} is beyond the model's {max_positions} positions")
+    return max_length
 
 
 def calibration_or_default(calibration: HeadCalibration | None, heads: DraftHeads) -> HeadCalibration:
@@ -77,6 +102,8 @@ def resolve_device(name: str) -> torch.device:
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name} was asked for, but this machine has no usable CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name} was asked for, but there are only {torch.cuda.device_count()}")
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     return device
@@ -93,7 +120,7 @@ def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.d
 
 
 def cpu_has_native_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 multiply instructions (read from the kernel; False where it does not say)."""
+    """Whether this CPU multiplies bfloat16 (the kernel knows; False where it does not say)."""
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
@@ -107,6 +134,13 @@ def _stored_dtype(model: str | Path) -> torch.dtype | None:
     except (OSError, ValueError):
         return None  # loading the model reports what is wrong
     return dtype if isinstance(dtype, torch.dtype) else None
+
+
+def _calibration_beside(heads: Path) -> HeadCalibration | None:
+    """Of local heads only: in their directory, or in that of a single weight file."""
+    if not heads.exists():
+        return None
+    return load_calibration(heads if heads.is_dir() else heads.parent)
 
 
 def _heads_source(model: str | Path, heads: str | Path | None) -> str | Path | None:

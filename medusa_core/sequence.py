@@ -11,8 +11,8 @@ from medusa_core.request import FinishReason, SamplingParams
 class Sequence:
     """A request that holds a slot.
 
-    Until prefill is done `state` is None; `num_prefilled` prompt tokens are in the cache. `num_tokens` is prompt plus
-    generated; it may not exceed `max_total`.
+    Until prefill is done `state` is None; `num_prefilled` prompt tokens are in the cache. `num_tokens` is
+    prompt plus generated; it may not exceed `max_total`.
     """
 
     request_id: str

@@ -16,7 +16,8 @@ DYNAMIC, STATIC = "dynamic", "static"
 class SpeculatorFactory:
     """Turns a request's `speculation.tree` and a size into a `Speculator`.
 
-    `static_tree`: what "static" means. `coupled` False drafts without the target's noise, to measure what that gains.
+    `static_tree`: what "static" means. `coupled` False drafts without the target's noise, to measure what
+    that gains.
     """
 
     def __init__(
@@ -31,18 +32,19 @@ class SpeculatorFactory:
         self.heads, self.calibration, self._device = heads, calibration, device
         self.coupled = True
         self._static_tree = static_tree
+        trees = [load_tree(name) for name in published_tree_names()]
+        self._published = {tree.name: tree for tree in trees if tree.fits(heads.num_heads, heads.vocab_size)}
         self._drafters: dict[tuple[str, int], Drafter] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every tree a request may ask for that these heads can fill."""
-        published = [n for n in published_tree_names() if load_tree(n).depth <= self.heads.num_heads]
-        return (DYNAMIC, STATIC, *published)
+        return (DYNAMIC, STATIC, *self._published)
 
     @property
     def largest(self) -> int:
         """Nodes of the largest tree a request can name."""
-        named = [load_tree(name).size for name in self.names if name not in (DYNAMIC, STATIC)]
+        named = [tree.size for tree in self._published.values()]
         return max([*named, self._static_tree.size if self._static_tree else 1])
 
     def is_adaptive(self, tree: str) -> bool:
@@ -71,9 +73,11 @@ class SpeculatorFactory:
     def _build(self, tree: str, nodes: int) -> Drafter:
         if tree == DYNAMIC:
             return DynamicDrafter(nodes, self.heads.num_heads, self.heads.vocab_size, self._device)
-        if tree != STATIC:
-            topology = load_tree(tree)
-        else:
-            topology = self._static_tree or grow_tree(self.calibration.accuracies, nodes)
-        topology.check_fits(self.heads.num_heads, self.heads.vocab_size)
-        return StaticDrafter(topology, self._device)
+        if tree == STATIC:
+            return StaticDrafter(self._static_tree or self._grown(nodes), self._device)
+        return StaticDrafter(self._published[tree], self._device)
+
+    def _grown(self, nodes: int) -> Tree:
+        """From the calibrated accuracies, of ranks that a small vocabulary has."""
+        accuracies = self.calibration.accuracies[: self.heads.num_heads]
+        return grow_tree([head[: self.heads.vocab_size] for head in accuracies], nodes)

@@ -1,4 +1,4 @@
-"""How long steps take on this machine: measured once at start, used to choose the tree and to estimate speedup."""
+"""How long steps take here: measured once at start, to choose the tree and to estimate the speedup."""
 
 import statistics
 import time
@@ -75,4 +75,8 @@ def expected_tokens(calibration: HeadCalibration, nodes: int, kind: str = "dynam
 
 def fastest_size(times: StepTimes, calibration: HeadCalibration) -> int:
     """The tree size with the most expected tokens per second: argmax A(T) / t(T) (design §4); 1 is off."""
-    return max(times.trees, key=lambda nodes: (expected_tokens(calibration, nodes) if nodes > 1 else 1.0) / times.trees[nodes])
+
+    def rate(nodes: int) -> float:
+        return (expected_tokens(calibration, nodes) if nodes > 1 else 1.0) / times.trees[nodes]
+
+    return max(times.trees, key=rate)

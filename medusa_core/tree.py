@@ -1,8 +1,8 @@
 """Draft trees as plain data: rank paths, their validation, published and grown trees. No tensors.
 
-A tree is a set of *rank paths*: (r1, ..., rj) is the node reached by head 1's guess of rank r1, then head 2's of
-rank r2, and so on (rank 0 is the best guess). Node 0 is the root, the already decided token; paths follow sorted
-by length, then lexicographically, so a parent always precedes its children.
+A tree is a set of *rank paths*: (r1, ..., rj) is the node reached by head 1's guess of rank r1, then head 2's
+of rank r2, and so on (rank 0 is the best guess). Node 0 is the root, the already decided token; paths follow
+sorted by length, then lexicographically, so a parent always precedes its children.
 """
 
 import heapq
@@ -63,17 +63,20 @@ class Tree:
         """Drafted nodes of each head: index 0 is depth 1."""
         return tuple(self.depths.count(depth) for depth in range(1, self.depth + 1))
 
+    def fits(self, num_heads: int, num_candidates: int) -> bool:
+        """Whether heads can fill this tree."""
+        return self.depth <= num_heads and self.width <= num_candidates
+
     def check_fits(self, num_heads: int, num_candidates: int) -> None:
         """Raise `TreeError` if the heads cannot fill this tree."""
         if self.depth > num_heads:
-            raise TreeError(f"tree {self.name!r} is {self.depth} deep, but there are only {num_heads} draft heads")
+            raise TreeError(
+                f"tree {self.name!r} is {self.depth} deep, but there are only {num_heads} draft heads"
+            )
         if self.width > num_candidates:
             raise TreeError(
-                f"tree {self.name!r} uses rank {self.width - 1}, but a head has only {num_candidates} candidates"
+                f"tree {self.name!r} uses rank {self.width - 1}, but a head has only {num_candidates} guesses"
             )
-
-
-ROOT_ONLY = Tree("off", ())
 
 
 def make_tree(name: str, paths: Iterable[Sequence[int]]) -> Tree:
@@ -100,19 +103,19 @@ def published_tree_names() -> tuple[str, ...]:
 
 
 def load_tree(name_or_file: str | Path) -> Tree:
-    """A published tree by name, or any tree from a JSON file (a list of rank paths, or an object with `paths`)."""
+    """A published tree by name, or one from a JSON file: a list of rank paths, or an object with `paths`."""
     text = str(name_or_file)
     if text in published_tree_names():
         raw = (resources.files("medusa_core") / "trees" / f"{text}.json").read_text(encoding="utf-8")
     else:
         try:
             raw = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a name with a null byte
             names = ", ".join(published_tree_names())
             raise TreeError(f"no tree {text!r}: neither a readable file nor one of {names}") from error
     try:
         data = json.loads(raw)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise TreeError(f"tree file {text} is not JSON: {error}") from error
     paths = data.get("paths") if isinstance(data, dict) else data
     if not isinstance(paths, list):
@@ -124,8 +127,8 @@ def load_tree(name_or_file: str | Path) -> Tree:
 def grow_tree(accuracies: Accuracies, size: int, name: str | None = None) -> Tree:
     """The tree of `size` nodes with the greatest expected acceptance length (paper §2.3.3 and appendix).
 
-    Greedy: of all nodes whose parent is in the tree, add the one whose path is likeliest right. Optimal when the
-    heads err independently, which the product of accuracies assumes.
+    Greedy: of all nodes whose parent is in the tree, add the one whose path is likeliest right. Optimal when
+    the heads err independently, which the product of accuracies assumes.
     """
     ranked = [
         sorted(((p, rank) for rank, p in enumerate(head)), key=lambda item: (-item[0], item[1]))
@@ -166,8 +169,8 @@ def expected_acceptance_length(tree: Tree, accuracies: Accuracies) -> float:
 def superset_paths(nodes: int, depth: int, width: int) -> tuple[RankPath, ...]:
     """Every path that can be among the best `nodes` drafted ones, whatever the heads say (design §4).
 
-    With ranks r counted from 1, path (r1..rd) is beaten or matched by every (s1..sj), j <= d, s <= r, of which
-    there are the sum over j of r1*...*rj: a path with more than `nodes` of them is never needed.
+    With ranks r counted from 1, path (r1..rd) is beaten or matched by every (s1..sj), j <= d, s <= r, of
+    which there are the sum over j of r1*...*rj: a path with more than `nodes` of them is never needed.
     """
     result: list[RankPath] = []
 

@@ -1,4 +1,4 @@
-"""The whole of `medusa calibrate`: answers, accuracies, temperatures, expected lengths, the fastest tree here."""
+"""The whole of `medusa calibrate`: answers, accuracies, temperatures, expected lengths, the fastest tree."""
 
 import platform
 from collections.abc import Callable, Sequence
@@ -49,7 +49,9 @@ def calibrate(
     The dynamic tree's expected lengths use taus fitted on the first half and are measured on the second.
     """
     if engine.heads is None:
-        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some beside it")
+        raise DataError(
+            "there are no draft heads to calibrate: give --heads or a model that has some beside it"
+        )
     progress("answering greedily")
     greedy = _answers(engine, prompts, settings, GREEDY)
     half = max(1, len(greedy) // 2)

@@ -33,7 +33,7 @@ class Answer:
 class Observed:
     """A chunk of positions: the heads' scores [N, K, V] and the tokens [N, K] they should have ranked first.
 
-    Scores are what drafting uses: coupled with the draw's noise at temperature > 0. Target -1: beyond the answer.
+    Scores are what drafting uses: coupled with the draw's noise at temperature > 0. Target -1: no such token.
     """
 
     scores_NKV: Tensor
@@ -41,9 +41,7 @@ class Observed:
     temperature: float
 
 
-def answer_prompts(
-    engine: Engine, prompts: Sequence[Messages], params: SamplingParams
-) -> Iterator[Answer]:
+def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: SamplingParams) -> Iterator[Answer]:
     """Let the model answer each prompt; those too long for the context are left out."""
     for seed, messages in enumerate(prompts):
         seeded = replace(params, seed=params.seed + seed)
@@ -54,7 +52,8 @@ def answer_prompts(
             continue
         tokens = [token for output in outputs for token in output.token_ids]
         if outputs[-1].stop_token_id is not None:
-            tokens.append(outputs[-1].stop_token_id)  # the model decided it, so the heads should have guessed it
+            # The model decided it, so the heads should have guessed it.
+            tokens.append(outputs[-1].stop_token_id)
         if len(tokens) > 1:
             yield Answer(prompt_ids, tokens, seeded)
 
@@ -77,10 +76,12 @@ def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
         if not answer.params.is_greedy:
             noise = gumbel_noise(answer.params.seed, range(start + 2, stop + 1 + heads.num_heads), token_ids)
             windows = [noise[i : i + heads.num_heads] for i in range(stop - start)]
-            scores = torch.stack([
-                couple(row[None], answer.params.temperature, window)[0]
-                for row, window in zip(logits, windows, strict=True)
-            ])
+            scores = torch.stack(
+                [
+                    couple(row[None], answer.params.temperature, window)[0]
+                    for row, window in zip(logits, windows, strict=True)
+                ]
+            )
         targets = padded[start + 2 : stop + 1 + heads.num_heads].unfold(0, heads.num_heads, 1)
         yield Observed(scores, targets, answer.params.temperature)
 

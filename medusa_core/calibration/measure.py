@@ -63,7 +63,8 @@ class LengthMeter:
         self._tokens = self._steps = 0
 
     def add(self, observed: Observed) -> None:
-        complete = (observed.targets_NK >= 0).all(dim=1)  # a step cut short by the answer's end would count low
+        # A step cut short by the answer's end would count low.
+        complete = (observed.targets_NK >= 0).all(dim=1)
         if not bool(complete.any()):
             return
         scores, targets = observed.scores_NKV[complete], observed.targets_NK[complete]
@@ -91,4 +92,3 @@ def dynamic_meters(
 ) -> dict[int, LengthMeter]:
     """A meter per size for the dynamic tree with these temperatures."""
     return {n: LengthMeter(DynamicDrafter(n, num_heads, vocab_size, device), taus) for n in sizes}
-

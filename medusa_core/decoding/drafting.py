@@ -1,18 +1,22 @@
 """Propose: from the heads' scores to a tree of drafts.
 
-Shapes: B slots, K heads, V vocabulary, R candidates per head, P paths of a superset, T tree nodes (root included).
-Scores are the heads' logits, at temperature > 0 plus the very noise the target will draw with (coupled drafting,
-design §4): the tree then holds the heads' guesses of that draw. Only the hit rate depends on it, never the output.
+Shapes: B slots, K heads, V vocabulary, R candidates per head, P paths of a superset, T tree nodes (root
+included). Scores are the heads' logits, at temperature > 0 plus the very noise the target will draw with
+(coupled drafting, design §4): the tree then holds the heads' guesses of that draw. Only the hit rate depends
+on it, never the output.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from medusa_core.tree import Tree, superset_paths
+
+IMPOSSIBLE = -1e4  # log-probability; finite, so that its children still rank below it
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,15 @@ class _Shape:
             mask[node, list(above)] = True
         return mask.to(self.device)
 
+    @cached_property
+    def lineage_TD(self) -> Tensor:
+        """Nodes from the root [T, D+1] to each node, which fills the places beyond its own depth."""
+        rows = [[0] * (self.tree.depth + 1)]
+        for node in range(1, self.tree.size):
+            depth, above = self.tree.depths[node], rows[self.tree.parents[node]]
+            rows.append([*above[:depth], *[node] * (self.tree.depth + 1 - depth)])
+        return torch.tensor(rows, device=self.device)
+
     def candidate_index(self, width: int) -> Tensor:
         """For each drafted node its place in the flattened candidates [K * width]."""
         places = [(len(path) - 1) * width + path[-1] for path in self.tree.paths]
@@ -113,34 +126,49 @@ class DynamicDrafter:
         self._width = superset.width
         shape = _Shape(superset, device)
         self._index = shape.candidate_index(self._width)
-        self._depths, self._ancestors = shape.depths_T, shape.ancestors_TT
-        self._parents = shape.parents_T
-        # Row p: where the log-probabilities along path p stand among K * R values; unused places point at a zero.
+        self._depths, self._parents = shape.depths_T, shape.parents_T
+        self._lineage = shape.lineage_TD
+        # Row p: where the log-probabilities along path p stand among K * R values; unused places: at a zero.
         blank = superset.depth * self._width
         rows = [
-            [depth * self._width + rank for depth, rank in enumerate(path)] + [blank] * (superset.depth - len(path))
+            [depth * self._width + rank for depth, rank in enumerate(path)]
+            + [blank] * (superset.depth - len(path))
             for path in superset.paths
         ]
         self._along_path = torch.tensor(rows, device=device)
 
     def draft(self, scores_BKV: Tensor, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
-        scores = scores_BKV[:, : self.max_depth]
-        scores = scores / scores.new_tensor(taus[: self.max_depth])[None, :, None]
-        best = scores.topk(self._width, dim=-1)
-        log_probs = (best.values - scores.logsumexp(dim=-1, keepdim=True)).flatten(1)
-        # An impossible candidate (-inf) must not tie with its own children.
-        log_probs = torch.nn.functional.pad(log_probs.clamp_(min=-1e4), (0, 1))
-        joint_BP = log_probs[:, self._along_path].sum(dim=-1)
+        tokens_BR, log_probs_BR = self._candidates(scores_BKV, taus)
+        joint_BP = log_probs_BR[:, self._along_path].sum(dim=-1)
         # Stable: of equal paths the earlier, hence a parent before its child, so the choice is prefix-closed.
         order = joint_BP.sort(dim=1, descending=True, stable=True).indices[:, : self.size - 1]
-        chosen = torch.nn.functional.pad(order.sort(dim=1).values + 1, (1, 0))
-        drafted = best.indices.flatten(1).gather(1, self._index[chosen[:, 1:] - 1])
-        new_index = torch.zeros(chosen.shape[0], self._parents.shape[0], dtype=torch.long, device=chosen.device)
-        new_index.scatter_(1, chosen, torch.arange(self.size, device=chosen.device).expand_as(chosen))
+        chosen = functional.pad(order.sort(dim=1).values + 1, (1, 0))
+        slots, device = chosen.shape[0], chosen.device
+        new_index = torch.zeros(slots, self._parents.shape[0], dtype=torch.long, device=device)
+        new_index.scatter_(1, chosen, torch.arange(self.size, device=device).expand_as(chosen))
+        lineage = new_index.gather(1, self._lineage[chosen].flatten(1)).unflatten(1, (self.size, -1))
+        ancestors = torch.zeros(slots, self.size, self.size, dtype=torch.bool, device=device)
+        drafted = tokens_BR.gather(1, self._index[chosen[:, 1:] - 1])
         return DraftTree(
             torch.cat([roots_B[:, None], drafted], dim=1),
             self._depths[chosen],
             new_index.gather(1, self._parents[chosen]),
-            self._ancestors[chosen[:, :, None], chosen[:, None, :]],
+            ancestors.scatter_(2, lineage, True),
             self.max_depth,
         )
+
+    def _candidates(self, scores_BKV: Tensor, taus: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probabilities of every head's best ranks, flattened; a zero follows the latter."""
+        scores = scores_BKV[:, : self.max_depth]
+        scores = scores / _divisors(taus[: self.max_depth], scores.device)
+        best = scores.topk(self._width, dim=-1)
+        log_probs = (best.values - scores.logsumexp(dim=-1, keepdim=True)).flatten(1)
+        # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
+        log_probs = log_probs.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
+        return best.indices.flatten(1), functional.pad(log_probs, (0, 1))
+
+
+@lru_cache(maxsize=256)
+def _divisors(taus: tuple[float, ...], device: torch.device) -> Tensor:
+    """taus [1, K, 1] on the device: a copy in every step would make the host wait for the heads."""
+    return torch.tensor(taus, device=device)[None, :, None]

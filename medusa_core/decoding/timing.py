@@ -1,4 +1,4 @@
-"""Phase times of a step: wall clock on a CPU, events on CUDA so that nothing waits for the device in between."""
+"""Phase times of a step: wall clock on a CPU; events on CUDA, so that nothing waits for the device."""
 
 import time
 from typing import Protocol
@@ -28,14 +28,15 @@ class WallTimer:
 
 
 class CudaTimer:
-    """Events in the stream; reading them waits for the last one only."""
+    """Events in the device's stream; reading them waits for the last one only."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device)  # not the current device's: work may run on another
         self._marks: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(self._stream)
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
@@ -44,4 +45,4 @@ class CudaTimer:
 
 
 def phase_timer(device: torch.device) -> PhaseTimer:
-    return CudaTimer() if device.type == "cuda" else WallTimer()
+    return CudaTimer(device) if device.type == "cuda" else WallTimer()

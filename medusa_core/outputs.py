@@ -1,0 +1,53 @@
+"""From a step's result to the `StepOutput` that leaves the engine."""
+
+import logging
+
+import torch
+
+from medusa_core.decoding.step import StepResult
+from medusa_core.request import FinishReason, SpeculationMode, StepOutput, StepStats
+from medusa_core.sequence import Sequence, cut_run
+
+logger = logging.getLogger(__name__)
+
+
+def emit(sequence: Sequence, token_ids: list[int], stats: StepStats) -> StepOutput:
+    """Cut the run at its first stop and book what is left."""
+    cut = cut_run(token_ids, sequence.stop_ids, sequence.budget)
+    sequence.num_generated += len(cut.token_ids)
+    return StepOutput(
+        request_id=sequence.request_id,
+        token_ids=cut.token_ids,
+        stats=stats,
+        finish_reason=cut.finish_reason if token_ids else None,
+        stop_token_id=cut.stop_token_id,
+    )
+
+
+def decode_stats(result: StepResult, mode: SpeculationMode, baseline_seconds: float) -> StepStats:
+    """A decode step's cost and gain."""
+    return StepStats(
+        mode=mode,
+        is_prefill=False,
+        seconds=result.seconds,
+        propose_seconds=result.propose_seconds,
+        verify_seconds=result.verify_seconds,
+        commit_seconds=result.commit_seconds,
+        baseline_seconds=baseline_seconds,
+        tree_nodes=result.tree_nodes,
+        drafted=result.drafted,
+        accepted=tuple(int(depth < result.accepted) for depth in range(len(result.drafted))),
+    )
+
+
+def failed(request_id: str, error: Exception) -> StepOutput:
+    """The last output of a request whose step failed; the error goes to the log as well."""
+    logger.error("request %s failed", request_id, exc_info=error)
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    return StepOutput(
+        request_id=request_id,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=f"{type(error).__name__}: {error}",
+    )
