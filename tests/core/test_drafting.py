@@ -113,11 +113,25 @@ def overflown(scores: Tensor) -> Tensor:
     return scores
 
 
+def second_head_broken(scores: Tensor) -> Tensor:
+    scores[:, 1] = math.nan
+    return scores
+
+
 def far_apart(scores: Tensor) -> Tensor:
     return 1e30 * scores
 
 
-HARD = (ties, certain, mostly_impossible, one_possible, first_head_impossible, overflown, far_apart)
+HARD = (
+    ties,
+    certain,
+    mostly_impossible,
+    one_possible,
+    first_head_impossible,
+    overflown,
+    second_head_broken,
+    far_apart,
+)
 
 
 @pytest.mark.parametrize("nodes", [2, 7, 16, 17])
