@@ -230,7 +230,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int) -> Iterator[Example]:
-    """Examples with at least one target that a head can reach (index 2 or later)."""
+    """Examples with at least one token that a head drafts: two targets in a row, the second at index 2 or later."""
     encodings = chat.tokenizer.backend_tokenizer.encode_batch(
         [rendered.text for rendered in texts], add_special_tokens=False
     )
@@ -240,7 +240,7 @@ def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int
         is_target = torch.zeros(len(ids), dtype=torch.bool)
         for turn in rendered.turns:
             is_target[_turn_tokens(turn, ids, starts, chat.eos_token_ids)] = True
-        if is_target[2:].any():
+        if (is_target[2:] & is_target[1:-1]).any():
             yield Example(torch.tensor(ids, dtype=torch.int32), is_target)
 
 

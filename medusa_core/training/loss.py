@@ -25,7 +25,7 @@ class Targets:
     """The target tokens of a batch. For a target at index j of its row: flat indices into [B * S].
 
     `token_N` its id; `teacher_N` index j-1, whose hidden state the backbone predicts it from; `source_KN`
-    index j-2-k, which head k predicts it from, and `weight_KN` 1.0, or 0.0 where that is before the row.
+    index j-2-k, which head k predicts it from, and `weight_KN` 1.0, or 0.0 where decoding never does that.
     """
 
     token_N: Tensor
@@ -35,13 +35,19 @@ class Targets:
 
 
 def find_targets(labels_BS: Tensor, num_heads: int, ignore: int) -> Targets:
-    """Every token that is a target (its label is not `ignore`) and that head 0 at least can predict."""
+    """Every token that head 0 at least drafts while decoding: its label is not `ignore`, nor is the one before.
+
+    Head k at t drafts t+2+k behind the root t+1, with everything in between decided by the model. So all of
+    t+1..t+2+k must be targets: a root outside the assistant's turn never occurs.
+    """
     is_target = labels_BS != ignore
-    is_target[:, :2] = False
-    row_N, column_N = is_target.nonzero(as_tuple=True)
+    column_BS = torch.arange(labels_BS.shape[1], device=labels_BS.device).expand_as(labels_BS)
+    gap_BS = torch.where(is_target, -1, column_BS).cummax(dim=1).values
+    run_BS = column_BS - gap_BS  # consecutive targets up to here
+    row_N, column_N = ((run_BS >= 2) & (column_BS >= 2)).nonzero(as_tuple=True)
     flat_N = row_N * labels_BS.shape[1] + column_N
     reach_K1 = 2 + torch.arange(num_heads, device=labels_BS.device)[:, None]
-    has_source_KN = column_N >= reach_K1
+    has_source_KN = (run_BS[row_N, column_N] >= reach_K1) & (column_N >= reach_K1)
     return Targets(
         token_N=labels_BS[row_N, column_N],
         teacher_N=flat_N - 1,

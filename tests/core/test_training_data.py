@@ -146,10 +146,10 @@ def test_long_dialogues_are_cut(tmp_path: Path, chat: ChatTokenizer) -> None:
     path = write_rows(tmp_path / "d.jsonl", {"messages": DIALOGUE})
     (whole,) = load_examples([path], chat, sequence_length=512)
     first_target = whole.is_target.tolist().index(True)
-    (cut,) = load_examples([path], chat, sequence_length=first_target + 1)
-    assert cut.input_ids.tolist() == whole.input_ids[: first_target + 1].tolist()
-    with pytest.raises(DataError, match="no usable dialogue"):  # nothing of the assistant is left
-        load_examples([path], chat, sequence_length=first_target)
+    (cut,) = load_examples([path], chat, sequence_length=first_target + 2)
+    assert cut.input_ids.tolist() == whole.input_ids[: first_target + 2].tolist()
+    with pytest.raises(DataError, match="no usable dialogue"):  # only the turn's first token is left: a root
+        load_examples([path], chat, sequence_length=first_target + 1)
 
 
 BAD_ROWS = {

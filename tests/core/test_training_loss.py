@@ -12,19 +12,28 @@ HEADS, TARGETS, HIDDEN, VOCAB = 3, 10, 6, 17
 
 
 def test_targets_of_a_drawn_batch() -> None:
-    """Two rows of six tokens. Row 0: targets at 3 and 5. Row 1: targets at 1 (out of all reach) and 2."""
+    """Two rows of six tokens. Row 0 ends in a turn of three. Row 1: a lone target, then a turn of four."""
     x = NO_TARGET
-    labels = torch.tensor([[x, x, x, 13, x, 15], [x, 21, 22, x, x, x]])
+    labels = torch.tensor([[x, x, x, 13, 14, 15], [20, x, 22, 23, 24, 25]])
     targets = find_targets(labels, 3, NO_TARGET)
-    assert targets.token_N.tolist() == [13, 15, 22]
+    # A turn's first token is a root and never drafted: 13, 20 and 22 are missing.
+    assert targets.token_N.tolist() == [14, 15, 23, 24, 25]
     # Flat positions: 0..5 is row 0, 6..11 is row 1. The backbone predicts a token from the one before it.
-    assert targets.teacher_N.tolist() == [2, 4, 7]
-    assert targets.weight_KN.tolist() == [[1, 1, 1], [1, 1, 0], [0, 1, 0]]
-    reachable = [[1, 3, 6], [0, 2, None], [None, 1, None]]  # head k: k + 2 before
-    for sources, expected in zip(targets.source_KN.tolist(), reachable, strict=True):
-        assert [s for s, e in zip(sources, expected, strict=True) if e is not None] == [
+    assert targets.teacher_N.tolist() == [3, 4, 8, 9, 10]
+    # Head k drafts k + 2 places ahead, behind a root in the same turn.
+    assert targets.weight_KN.tolist() == [[1, 1, 1, 1, 1], [0, 1, 0, 1, 1], [0, 0, 0, 0, 1]]
+    sources = [[2, 3, 7, 8, 9], [None, 2, None, 7, 8], [None, None, None, None, 7]]
+    for found, expected in zip(targets.source_KN.tolist(), sources, strict=True):
+        assert [s for s, e in zip(found, expected, strict=True) if e is not None] == [
             e for e in expected if e is not None
         ]
+
+
+def test_targets_from_the_row_s_start_have_a_source() -> None:
+    targets = find_targets(torch.tensor([[1, 2, 3, 4]]), 3, NO_TARGET)
+    assert targets.token_N.tolist() == [3, 4]
+    assert targets.weight_KN.tolist() == [[1, 1], [0, 1], [0, 0]]
+    assert targets.source_KN.tolist() == [[0, 1], [0, 0], [0, 0]]
 
 
 def test_find_targets_leaves_labels_alone() -> None:
