@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,20 +91,33 @@ def load_calibration(directory: Path) -> HeadCalibration | None:
         if data.pop("format") != FORMAT_VERSION:
             raise ValueError("another format version")
         return _from_json(data)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a calibration file of this version: {error}") from error
 
 
 def _from_json(data: dict[str, Any]) -> HeadCalibration:
-    def numbers(row: Sequence[Any]) -> tuple[float, ...]:
-        return tuple(float(x) for x in row)
-
-    return HeadCalibration(
-        accuracies=tuple(numbers(row) for row in data["accuracies"]),
+    calibration = HeadCalibration(
+        accuracies=tuple(_numbers("accuracies", row) for row in data["accuracies"]),
         counts=tuple(int(x) for x in data["counts"]),
-        temperatures={float(t): numbers(row) for t, row in data["temperatures"].items()},
-        expected={k: {int(n): float(a) for n, a in row.items()} for k, row in data["expected"].items()},
+        temperatures={float(t): _numbers("temperatures", row) for t, row in data["temperatures"].items()},
+        expected={
+            kind: dict(zip(map(int, row), _numbers("expected", row.values()), strict=True))
+            for kind, row in data["expected"].items()
+        },
         step_seconds={int(n): float(s) for n, s in data["step_seconds"].items()},
-        tree_nodes=data["tree_nodes"],
+        tree_nodes=None if data["tree_nodes"] is None else int(data["tree_nodes"]),
         machine=str(data["machine"]),
     )
+    heads = calibration.num_heads
+    if heads == 0 or not all(calibration.accuracies):
+        raise ValueError("no accuracies")
+    if any(len(row) != heads or min(row) <= 0.0 for row in calibration.temperatures.values()):
+        raise ValueError(f"temperatures need {heads} divisors above 0 each")
+    return calibration
+
+
+def _numbers(name: str, row: Iterable[Any]) -> tuple[float, ...]:
+    numbers = tuple(float(x) for x in row)
+    if not all(math.isfinite(x) and x >= 0.0 for x in numbers):
+        raise ValueError(f"{name} must be finite and not negative")
+    return numbers

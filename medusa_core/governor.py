@@ -1,11 +1,15 @@
-"""Keeps speculation from costing more than it gains: shrinks the tree, down to off, and tries again later."""
+"""Keeps speculation from costing more than it gains: shrinks the tree, down to off, and later tries again.
+
+It compares with no speculation only, by step times measured at start. A moment of load looks like
+a tree that does not pay: hence the trials of the next larger one, ever more rarely while they fail.
+"""
 
 import logging
 
 logger = logging.getLogger(__name__)
 
 WINDOW_STEPS = 96
-RETRY_STEPS = 1000  # without speculation, before the smallest tree gets another chance; doubles each time
+RETRY_STEPS = 1000  # steps at a size before the next larger one gets a trial; doubles with each that fails
 MAX_RETRY_STEPS = 64_000
 
 
@@ -20,7 +24,9 @@ class Governor:
             self._ladder.append(nodes)
         self._rung = len(self._ladder) - 1
         self._retry_after = RETRY_STEPS
-        self._reset()
+        self._on_trial = False
+        self._steps_here = 0
+        self._reset_window()
 
     @property
     def nodes(self) -> int:
@@ -32,38 +38,45 @@ class Governor:
         if baseline_seconds <= 0.0 or len(self._ladder) == 1:
             return
         self._steps += 1
+        self._steps_here += 1
         self._seconds += seconds
         self._baseline += baseline_seconds
-        if self.nodes == 1:
-            self._maybe_retry()
-        elif self._steps >= WINDOW_STEPS:
+        if self._steps >= WINDOW_STEPS and self.nodes > 1:
             self._judge()
+        if self._steps_here >= self._retry_after and self._rung < len(self._ladder) - 1:
+            self._try_larger()
 
     def _judge(self) -> None:
         speedup = self._baseline / self._seconds
         if speedup < 1.0:
-            old = self.nodes
-            self._rung -= 1
-            now = f"a tree of {self.nodes} nodes" if self.nodes > 1 else "no speculation"
-            logger.warning(
-                "speculation with %d nodes is slower than without (estimated speedup %.2f): %s from now on",
-                old,
-                speedup,
-                now,
-            )
-        elif self.nodes > 1:
+            self._shrink(speedup)
+        elif self._on_trial:
+            self._on_trial = False
             self._retry_after = RETRY_STEPS
-        self._reset()
+        self._reset_window()
 
-    def _maybe_retry(self) -> None:
-        if self._steps < self._retry_after:
-            return
-        self._rung = 1
+    def _shrink(self, speedup: float) -> None:
+        old = self.nodes
+        self._rung -= 1
+        self._on_trial = False
+        self._steps_here = 0
+        now = f"a tree of {self.nodes} nodes" if self.nodes > 1 else "no speculation"
+        logger.warning(
+            "speculation with %d nodes is slower than without (estimated speedup %.2f): %s from now on",
+            old,
+            speedup,
+            now,
+        )
+
+    def _try_larger(self) -> None:
+        self._rung += 1
+        self._on_trial = True
+        self._steps_here = 0
         self._retry_after = min(2 * self._retry_after, MAX_RETRY_STEPS)
-        logger.info("trying speculation again with %d nodes", self.nodes)
-        self._reset()
+        logger.info("trying speculation with %d nodes again", self.nodes)
+        self._reset_window()
 
-    def _reset(self) -> None:
+    def _reset_window(self) -> None:
         self._steps = 0
         self._seconds = 0.0
         self._baseline = 0.0

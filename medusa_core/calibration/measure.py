@@ -40,6 +40,7 @@ class TauFitter:
 
     def __init__(self, num_heads: int) -> None:
         self._loss_GK = torch.zeros(len(TAU_GRID), num_heads, dtype=torch.double)
+        self._counts_K = torch.zeros(num_heads, dtype=torch.long)
 
     def add(self, observed: Observed) -> None:
         targets, known = observed.targets_NK.clamp(min=0), observed.targets_NK >= 0
@@ -49,10 +50,16 @@ class TauFitter:
         chosen = scores.gather(-1, targets.clamp(max=scores.shape[-1] - 1)[..., None])[..., 0]
         for place, tau in enumerate(TAU_GRID):
             loss_NK = (scores / tau).logsumexp(dim=-1) - chosen / tau
-            self._loss_GK[place] += (loss_NK * known).sum(dim=0).double().cpu()
+            self._loss_GK[place] += loss_NK.where(known, 0.0).sum(dim=0).double().cpu()
+        self._counts_K += known.sum(dim=0).cpu()
 
     def taus(self) -> tuple[float, ...]:
-        return tuple(TAU_GRID[place] for place in self._loss_GK.argmin(dim=0).tolist())
+        """1 for a head of which nothing was seen."""
+        best = self._loss_GK.argmin(dim=0).tolist()
+        return tuple(
+            TAU_GRID[place] if count else 1.0
+            for place, count in zip(best, self._counts_K.tolist(), strict=True)
+        )
 
 
 class LengthMeter:
