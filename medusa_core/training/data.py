@@ -230,7 +230,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int) -> Iterator[Example]:
-    """Examples with at least one token that a head drafts: two targets in a row, the second at index 2 or later."""
+    """Examples with a token that a head drafts: two targets in a row, the second at index 2 or later."""
     encodings = chat.tokenizer.backend_tokenizer.encode_batch(
         [rendered.text for rendered in texts], add_special_tokens=False
     )
