@@ -7,7 +7,7 @@ import typer
 
 from medusa_core import command_options as options
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.errors import ConfigError, DataError
+from medusa_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,7 +46,8 @@ def calibrate(
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from rich.console import Console
 
-    from medusa_core.calibration.calibrate import CalibrationSettings, save
+    from medusa_core.accuracy import save_calibration
+    from medusa_core.calibration.calibrate import CalibrationSettings, destination
     from medusa_core.calibration.calibrate import calibrate as run
     from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
 
@@ -56,16 +57,10 @@ def calibrate(
     conversations = load_prompts(prompts or DEFAULT_PROMPTS, limit)
     config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
     engine = options.load_engine(model, heads, config)
-    target = out or (Path(engine.info.heads) if engine.info.heads else None)
-    if target is None:
-        raise DataError(
-            "there are no draft heads to calibrate: give --heads or a model that has some beside it"
-        )
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
+    target = destination(engine.info.heads, out)
     with Console(stderr=True).status("calibrating") as status:
         result = run(engine, conversations, settings, lambda text: status.update(text))
-    path = save(result, target)
+    path = save_calibration(result, target)
     console = Console()
     console.print(accuracy_table(result))
     console.print(size_table(result))

@@ -1,11 +1,12 @@
 """The whole of `medusa calibrate`: answers, accuracies, temperatures, expected lengths, the fastest tree."""
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medusa_core.accuracy import HeadCalibration, save_calibration
+from medusa_core.accuracy import HeadCalibration
 from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
 from medusa_core.calibration.measure import (
     MAX_RANK,
@@ -49,9 +50,7 @@ def calibrate(
     The dynamic tree's expected lengths use taus fitted on the first half and are measured on the second.
     """
     if engine.heads is None:
-        raise DataError(
-            "there are no draft heads to calibrate: give --heads or a model that has some beside it"
-        )
+        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some")
     progress("answering greedily")
     greedy = _answers(engine, prompts, settings, GREEDY)
     half = max(1, len(greedy) // 2)
@@ -83,12 +82,24 @@ def calibrate(
     )
 
 
-def save(calibration: HeadCalibration, heads: Path) -> Path:
-    """Store the result beside the heads. Raises `DataError` if they are not a local directory."""
-    directory = heads if heads.is_dir() else heads.parent
-    if not directory.is_dir():
-        raise DataError(f"{heads} is not a local directory: give --out where to write calibration.json")
-    return save_calibration(calibration, directory)
+def destination(heads: str | None, out: Path | None = None) -> Path:
+    """Where `calibration.json` goes: beside the heads, where the engine looks for it, or to `out`.
+
+    Raises `DataError` if there is no such directory that can be written: ask before calibrating.
+    """
+    if heads is None:
+        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some")
+    path = Path(heads)
+    if out is None and not path.exists():
+        raise DataError(f"the heads {heads} are not local: give --out, where to write calibration.json")
+    target = out or (path if path.is_dir() else path.parent)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"cannot make the directory {target}: {error.strerror}") from error
+    if not os.access(target, os.W_OK):
+        raise DataError(f"cannot write to {target}: give --out, where to write calibration.json")
+    return target
 
 
 def _answers(
@@ -127,7 +138,7 @@ def _expected(
     for answer in answers:
         for observed in observe(engine, answer):
             _feed(meters, observed)
-    return {kind: {size: meter.mean for size, meter in row.items()} for kind, row in meters.items()}
+    return {kind: {n: meter.mean for n, meter in row.items() if meter.steps} for kind, row in meters.items()}
 
 
 def _feed(meters: dict[str, dict[int, LengthMeter]], observed: Observed) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor
 from medusa_core.decoding.drafting import couple
 from medusa_core.decoding.step import prefill_chunk
 from medusa_core.engine import Engine
-from medusa_core.errors import DataError, RequestError
-from medusa_core.request import SamplingParams
+from medusa_core.errors import CapacityError, DataError, RequestError
+from medusa_core.request import FinishReason, SamplingParams
 from medusa_core.sampling import gumbel_noise
 
 Messages = Sequence[Mapping[str, str]]
@@ -33,12 +33,13 @@ class Answer:
 class Observed:
     """A chunk of positions: the heads' scores [N, K, V] and the tokens [N, K] they should have ranked first.
 
+    `start`: place of the first of them in the answer.
     Scores are what drafting uses: coupled with the draw's noise at temperature > 0. Target -1: no such token.
     """
 
     scores_NKV: Tensor
     targets_NK: Tensor
-    temperature: float
+    start: int
 
 
 def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: SamplingParams) -> Iterator[Answer]:
@@ -48,8 +49,12 @@ def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: Sampling
         try:
             prompt_ids = engine.chat.render(messages)
             outputs = list(engine.generate(prompt_ids, seeded))
+        except CapacityError:
+            raise  # the engine is busy with something else
         except RequestError:
             continue
+        if outputs[-1].finish_reason is FinishReason.ERROR:
+            raise DataError(f"the model fails on a prompt: {outputs[-1].error}")
         tokens = [token for output in outputs for token in output.token_ids]
         if outputs[-1].stop_token_id is not None:
             # The model decided it, so the heads should have guessed it.
@@ -83,7 +88,7 @@ def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
                 ]
             )
         targets = padded[start + 2 : stop + 1 + heads.num_heads].unfold(0, heads.num_heads, 1)
-        yield Observed(scores, targets, answer.params.temperature)
+        yield Observed(scores, targets, start - first)
 
 
 def _hidden_states(engine: Engine, ids: list[int]) -> Tensor:

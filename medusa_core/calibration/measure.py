@@ -6,6 +6,7 @@ Shapes: N positions, K heads, V vocabulary, R ranks, G grid points.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from medusa_core.acceptance import longest_path
 from medusa_core.calibration.collect import Observed
@@ -63,28 +64,41 @@ class TauFitter:
 
 
 class LengthMeter:
-    """Mean acceptance length of one drafter over observed positions, as if each were a step's start."""
+    """Mean acceptance length of one drafter, walking each answer in the very steps the engine would take.
+
+    The mean over all positions would be another: long runs skip the positions behind them, so more steps
+    begin where guessing is hard.
+    """
 
     def __init__(self, drafter: Drafter, taus: tuple[float, ...]) -> None:
         self._drafter, self._taus = drafter, taus
-        self._tokens = self._steps = 0
+        self._next = 0  # where in the answer the walk stands
+        self._tokens = 0
+        self.steps = 0
 
     def add(self, observed: Observed) -> None:
-        # A step cut short by the answer's end would count low.
-        complete = (observed.targets_NK >= 0).all(dim=1)
-        if not bool(complete.any()):
-            return
-        scores, targets = observed.scores_NKV[complete], observed.targets_NK[complete]
-        roots = torch.zeros_like(targets[:, 0])
-        tree = self._drafter.draft(scores, roots, self._taus)
-        truth = torch.cat([roots[:, None], targets], dim=1).gather(1, tree.depths_BT)
-        accepted = longest_path(tree.tokens_BT == truth, tree.ancestors_BTT, tree.depths_BT, tree.max_depth)
-        self._tokens += int(accepted.count_B.sum()) + len(targets)
-        self._steps += len(targets)
+        """Take in an answer's next chunk. A step that the answer's end would cut short ends the walk."""
+        if observed.start == 0:
+            self._next = 0
+        complete = (observed.targets_NK >= 0).all(dim=1).tolist()
+        lengths = self._lengths(observed).tolist()
+        while (place := self._next - observed.start) < len(lengths) and complete[place]:
+            self._next += lengths[place]
+            self._tokens += lengths[place]
+            self.steps += 1
+
+    def _lengths(self, observed: Observed) -> Tensor:
+        """Tokens [N] a step would decide from each position."""
+        roots = torch.zeros_like(observed.targets_NK[:, 0])
+        tree = self._drafter.draft(observed.scores_NKV, roots, self._taus)
+        truth = torch.cat([roots[:, None], observed.targets_NK], dim=1).gather(1, tree.depths_BT)
+        right = tree.tokens_BT == truth
+        return 1 + longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth).count_B
 
     @property
     def mean(self) -> float:
-        return round(self._tokens / max(1, self._steps), 4)
+        """Tokens per step; needs at least one."""
+        return round(self._tokens / self.steps, 4)
 
 
 def static_meters(
