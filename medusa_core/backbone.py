@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
-from medusa_core.errors import CheckpointError
+from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.kv_cache import KVCache, SlotCache
 
 IGNORED_KEYS = ("medusa_head.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
@@ -80,17 +80,26 @@ class Backbone:
         return limit
 
     def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Zeroed slots for this model's layers."""
+        """Zeroed slots for this model's layers. Raises `ConfigError` if memory does not hold them."""
         layers, heads, head_dim = self._cache_shape
-        return KVCache(
-            num_layers=layers,
-            num_kv_heads=heads,
-            head_dim=head_dim,
-            slots=slots,
-            capacity=capacity,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        try:
+            return KVCache(
+                num_layers=layers,
+                num_kv_heads=heads,
+                head_dim=head_dim,
+                slots=slots,
+                capacity=capacity,
+                dtype=self.dtype,
+                device=self.device,
+            )
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            gib = 2 * layers * heads * head_dim * slots * capacity * self.dtype.itemsize / 2**30
+            raise ConfigError(
+                f"a cache of {slots} slots of {capacity} tokens needs {gib:.1f} GiB, which are not free: "
+                "lower slots or max_length"
+            ) from error
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: SlotCache, logits_from: int = 0

@@ -15,7 +15,7 @@ from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.config import EngineConfig
 from medusa_core.decoding.step import additive_mask, prefill_chunk
 from medusa_core.engine import Engine
-from medusa_core.errors import CheckpointError
+from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
@@ -187,6 +187,13 @@ def test_last_logits_only(named_model: tuple[str, PreTrainedModel]) -> None:
     assert output.logits_BTV.shape == (1, 1, 300)
     torch.testing.assert_close(output.logits_BTV[0, 0], whole[0, -1, :300], atol=1e-5, rtol=1e-5)
     assert backbone.lm_head_weight.shape == (300, 32)
+
+
+def test_a_cache_beyond_all_memory(tiny_backbone: Backbone) -> None:
+    with pytest.raises(
+        ConfigError, match=r"a cache of 3 slots of \d+ tokens needs .* GiB.*lower slots or max_length"
+    ):
+        tiny_backbone.new_cache(3, 2**44)
 
 
 UNSUPPORTED = {
