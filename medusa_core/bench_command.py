@@ -15,8 +15,8 @@ from medusa_core.request import SpeculationMode
 
 if TYPE_CHECKING:
     from medusa_core.benchmark.bench import BenchSettings
-    from medusa_core.prompts import Prompt
     from medusa_core.engine import Engine
+    from medusa_core.prompts import Prompt
 
 
 def bench(

@@ -1,8 +1,9 @@
 """Key/value cache in slots. Owns the memory and each slot's committed length; knows nothing of trees or text.
 
-One tensor `storage` [L, 2, B, H, C, D] holds every layer's keys and values: L layers, B slots, H key/value heads,
-C capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind the committed length n;
-`commit` keeps the accepted rows (the trim of the paper, §2.2), anything not committed is overwritten later.
+One tensor `storage` [L, 2, B, H, C, D] holds every layer's keys and values: L layers, B slots, H key/value
+heads, C capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind the
+committed length n; `commit` keeps the accepted rows (the trim of the paper, §2.2), anything not committed is
+overwritten later.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write T rows [1, H, T, D] behind the committed ones; return all n+T rows."""
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         end = self.length + key_states.shape[2]
         self.keys[:, :, self.length : end] = key_states
         self.values[:, :, self.length : end] = value_states

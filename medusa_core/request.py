@@ -11,7 +11,7 @@ MAX_SEED = 2**64 - 1
 
 
 class SpeculationMode(StrEnum):
-    """exact: output as without speculation; typical: the paper's acceptance, *not* lossless; off: one by one."""
+    """exact: output as without; typical: the paper's acceptance, *not* lossless; off: one token at a time."""
 
     EXACT = "exact"
     TYPICAL = "typical"
@@ -31,8 +31,8 @@ class FinishReason(StrEnum):
 class SpeculationParams:
     """Per-request choice of acceptance rule and draft tree.
 
-    `tree`: "dynamic", "static" or the name of a published tree. `epsilon` and `delta` (paper §2.3.1) matter in
-    typical mode only.
+    `tree`: "dynamic", "static" or the name of a published tree. `epsilon` and `delta` (paper §2.3.1) matter
+    in typical mode only.
     """
 
     mode: SpeculationMode = SpeculationMode.EXACT
@@ -85,9 +85,9 @@ class StepStats:
     """What one engine step cost and gained. Times in seconds, tuples indexed by head (depth - 1).
 
     `mode` is the mode the step ran in: OFF also when the engine's governor turned speculation off.
-    `baseline_seconds` is what the step's tokens would have taken without speculation, from step times measured
-    at start (0.0 for prefill or where nothing was measured). `drafted[k]` counts tree nodes drafted by head k,
-    `accepted[k]` is 1 where head k's draft was accepted. `tree_nodes` includes the root.
+    `baseline_seconds` is what the step's tokens would have taken without speculation, from step times
+    measured at start (0.0 for prefill or where nothing was measured). `drafted[k]` counts tree nodes drafted
+    by head k, `accepted[k]` is 1 where head k's draft was accepted. `tree_nodes` includes the root.
     """
 
     mode: SpeculationMode
@@ -107,8 +107,8 @@ class StepStats:
 class StepOutput:
     """Tokens one request gained in one step; the last output of a request carries `finish_reason`.
 
-    `error` is set with `FinishReason.ERROR` only: a message for the log, not for the client. `stop_token_id` is
-    the EOS or stop id that ended the sequence; it is not among `token_ids`.
+    `error` is set with `FinishReason.ERROR` only: a message for the log, not for the client. `stop_token_id`
+    is the EOS or stop id that ended the sequence; it is not among `token_ids`.
     """
 
     request_id: str

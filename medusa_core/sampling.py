@@ -1,9 +1,9 @@
 """From logits to the one token a request's seed decides: pure functions.
 
-The token at absolute position p of a request with seed s is argmax_v(l'[v] + T * g(s, p, v)), with l' the processed
-logits, T the temperature and g standard Gumbel noise (the Gumbel-max trick: an exact draw from softmax(l'/T)). The
-noise is a hash of (s, p, v), so the draw does not depend on batch, tree, device or vocabulary padding.
-Shapes: N rows (tree nodes), P positions, V vocabulary.
+The token at absolute position p of a request with seed s is argmax_v(l'[v] + T * g(s, p, v)), with l' the
+processed logits, T the temperature and g standard Gumbel noise (the Gumbel-max trick: an exact draw from
+softmax(l'/T)). The noise is a hash of (s, p, v), so the draw does not depend on batch, tree, device or
+vocabulary padding. Shapes: N rows (tree nodes), P positions, V vocabulary.
 """
 
 import math
@@ -41,8 +41,8 @@ def _position_key(seed: int, position: int) -> int:
 def gumbel_noise(seed: int, positions: Sequence[int], token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise [P, V] of float32 for each position and token id [V] (int64).
 
-    A counter-based generator: SplitMix64 over (hash of seed and position) + token * golden ratio. The top 52 bits
-    give u in (0, 1); logarithms are taken in float64 so that CPU and CUDA agree to float32 rounding.
+    A counter-based generator: SplitMix64 over (hash of seed and position) + token * golden ratio. The top 52
+    bits give u in (0, 1); logarithms are taken in float64 so that CPU and CUDA agree to float32 rounding.
     """
     keys = torch.tensor([_signed(_position_key(seed, p)) for p in positions], device=token_ids.device)
     x = keys[:, None] + token_ids[None, :] * _signed(_GOLDEN)
@@ -76,7 +76,7 @@ def process_logits(logits_NV: Tensor, params: SamplingParams) -> Tensor:
 
 
 def _keep_nucleus(logits_NV: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Top-p: the smallest set of likeliest tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
+    """Top-p: the fewest likeliest tokens whose probability reaches `top_p` (Holtzman et al. 2020)."""
     scaled = logits_NV / temperature
     log_total = scaled.logsumexp(dim=-1, keepdim=True)
     vocab = scaled.shape[-1]
@@ -101,9 +101,9 @@ def draw_tokens(processed_NV: Tensor, temperature: float, noise_NV: Tensor | Non
 def decide_tokens(logits_NV: Tensor, params: SamplingParams, noise_NV: Tensor | None) -> Tensor:
     """`draw_tokens(process_logits(...))` [N], mostly without processing.
 
-    The winner among all tokens is the winner among the kept ones if it is kept itself. So the draw comes first, and
-    only rows whose winner the filters exclude are filtered and drawn again: sorting 16 rows to find their nuclei
-    takes longer than everything else in this function.
+    The winner among all tokens is the winner among the kept ones if it is kept itself. So the draw comes
+    first, and only rows whose winner the filters exclude are filtered and drawn again: sorting 16 rows to
+    find their nuclei takes longer than everything else in this function.
     """
     logits = logits_NV.float()
     if params.top_k > 0:

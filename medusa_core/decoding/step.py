@@ -33,9 +33,7 @@ class Speculator:
 
 @dataclass(frozen=True, slots=True)
 class DecodeState:
-    """A sequence between steps: the root (decided, not cached) [B] and the hidden state that decided it
-    [B, E].
-    """
+    """A sequence between steps: the root [B] (decided, not cached) and the hidden state [B, E] behind it."""
 
     roots_B: Tensor
     hidden_BE: Tensor
@@ -88,9 +86,7 @@ def decode_step(
     speculator: Speculator | None,
     token_ids_V: Tensor,
 ) -> StepResult:
-    """One step of one slot. Without `speculator` this is ordinary decoding: a tree of one node, no head
-    call.
-    """
+    """One step of one slot. No `speculator` is ordinary decoding: a tree of one node, no head call."""
     timer = phase_timer(backbone.device)
     timer.mark()
     depth = speculator.drafter.max_depth if speculator else 0

@@ -1,4 +1,4 @@
-"""The protocol every kind of draft head follows, so that engine, server and bench do not know which they run."""
+"""The protocol every kind of draft head follows, so that nothing else knows which kind it runs."""
 
 from typing import Protocol
 

@@ -81,7 +81,9 @@ def random_heads(tiny_backbone: Backbone) -> MedusaHeads:
 
 
 @pytest.fixture(scope="session")
-def trained_heads(tiny_backbone: Backbone, tiny_chat: ChatTokenizer, tiny_prompts: list[list[int]]) -> MedusaHeads:
+def trained_heads(
+    tiny_backbone: Backbone, tiny_chat: ChatTokenizer, tiny_prompts: list[list[int]]
+) -> MedusaHeads:
     """Heads fitted to the model's own greedy answers, so that long runs are accepted."""
     config = EngineConfig(dtype="float32", measure=False)
     engine = Engine.from_parts(tiny_backbone.model, tiny_chat, None, config)

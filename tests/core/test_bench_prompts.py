@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from medusa_core.prompts import load_prompts
 from medusa_core.errors import DataError
+from medusa_core.prompts import load_prompts
 
 USER = {"role": "user", "content": "hi"}
 ASSISTANT = {"role": "assistant", "content": "hello"}

@@ -18,7 +18,6 @@ from medusa_core.benchmark import report
 from medusa_core.benchmark.bench import BenchSettings, run_bench
 from medusa_core.benchmark.compare import Variant, compare_tokens, decision_margin, interleave
 from medusa_core.benchmark.inflated import SHAPES, inflate_heads, inflated_engine
-from medusa_core.prompts import Prompt, load_prompts
 from medusa_core.benchmark.runs import Run, engine_runner, hf_runner
 from medusa_core.checkpoints import save_heads
 from medusa_core.config import EngineConfig
@@ -26,6 +25,7 @@ from medusa_core.engine import Engine
 from medusa_core.errors import ConfigError, DataError, RequestError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.inflate import InflatedShape, inflate_model
+from medusa_core.prompts import Prompt, load_prompts
 from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams, StepStats
 from medusa_core.tokenizer import load_chat_tokenizer
 

@@ -5,12 +5,12 @@ import random
 import pytest
 import torch
 
+from medusa_core.accuracy import default_calibration
 from medusa_core.backbone import Backbone
 from medusa_core.decoding.step import decode_step, first_state, prefill_chunk
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
 from medusa_core.speculation import SpeculatorFactory
-from medusa_core.accuracy import default_calibration
 from tests.core.conftest import speculate
 
 
