@@ -22,7 +22,7 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.decoding.step import Speculator, decode_step, first_state, prefill_chunk
 from medusa_core.decoding.timing import phase_timer
 from medusa_core.engine_info import EngineInfo
-from medusa_core.errors import CapacityError, MedusaError, RequestError
+from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
 from medusa_core.governor import Governor
 from medusa_core.heads.base import DraftHeads
 from medusa_core.loading import EngineParts, load_parts, resolve_context_length, speculator_factory
@@ -218,7 +218,7 @@ class Engine:
         if self.speculation:
             self.speculation.check(tree)
         elif tree not in (DYNAMIC, STATIC):
-            raise RequestError(f"there are no draft heads to fill tree {tree!r}")
+            raise TreeError(f"there are no draft heads to fill tree {tree!r}")
 
     def _prefill(self, sequence: Sequence) -> StepOutput:
         timer = phase_timer(self.backbone.device)

@@ -242,7 +242,7 @@ def test_engine_without_heads(build_engine: BuildEngine) -> None:
         assert [output.stats.mode for output in outputs if output.stats] == [SpeculationMode.OFF] * len(
             outputs
         )
-    with pytest.raises(RequestError, match=f"no draft heads to fill tree '{PUBLISHED}'"):
+    with pytest.raises(TreeError, match=f"no draft heads to fill tree '{PUBLISHED}'"):
         engine.add("a", [5], SamplingParams(speculation=speculate(tree=PUBLISHED)))
     with pytest.raises(ConfigError, match=f"static_tree '{PUBLISHED}' is set, but there are no draft heads"):
         build_engine(None, static_tree=PUBLISHED)
