@@ -117,10 +117,12 @@ class Runtime:
         try:
             self._start_metrics_server()
             loop = asyncio.get_running_loop()
-            chat = await loop.run_in_executor(
-                self._executor, load_chat_tokenizer, self.settings.model, self.settings.chat_template
+            chat, served = await asyncio.gather(
+                loop.run_in_executor(
+                    self._executor, load_chat_tokenizer, self.settings.model, self.settings.chat_template
+                ),
+                self.pool.start(),
             )
-            served = await self.pool.start()
         except MedusaError as error:
             self.start_error = error
             return

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
@@ -86,6 +86,13 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
 
+    @field_validator("device")
+    @classmethod
+    def _check_devices(cls, device: str) -> str:
+        if not all(part.strip() for part in device.split(",")):
+            raise ValueError("a device name is missing beside a comma")
+        return device
+
     @model_validator(mode="after")
     def _check_engine_config(self) -> Self:
         self.engine_config(self.devices[0])
@@ -141,7 +148,8 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
 
 def _explain(location: tuple[int | str, ...], message: str, flags: Mapping[str, Any]) -> str:
     name = str(location[0]) if location else ""
-    text = message[:1].lower() + message[1:]
+    text = message.removeprefix("Value error, ")
+    text = text[:1].lower() + text[1:]
     if not name:
         return text
     given = flags.get(name, os.environ.get(PREFIX + name.upper()))

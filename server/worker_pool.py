@@ -143,7 +143,11 @@ class Replica:
         listener.worker_lost(worker)
         if self._pool.is_stopping:
             return
-        logger.error("worker %d ended (exit code %s): %s", worker.generation, worker.exit_code, self._failure)
+        # At the first start the failure ends the server with this very text; once is enough.
+        level = logging.ERROR if self.has_started else logging.DEBUG
+        logger.log(
+            level, "worker %d ended (exit code %s): %s", worker.generation, worker.exit_code, self._failure
+        )
         self._fail()
 
     def _fail(self) -> None:
@@ -164,7 +168,7 @@ class Replica:
 
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
-        logger.error("no further restart: %s", reason)
+        logger.log(logging.ERROR if self.has_started else logging.DEBUG, "no further restart: %s", reason)
         self._pool.note_given_up()
 
 

@@ -77,10 +77,11 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
     try:
         # Small buffers, which accepted connections inherit; else the whole answer fits into the kernel's.
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        open_request(server, max_tokens=8000, stream=True)
+        connection = open_request(server, max_tokens=8000, stream=True)
         wait_until(lambda: "left its stream unread" in caplog.text)
         wait_until(lambda: scheduler.num_running == 0)
         assert server.metric("medusa_requests_total", finish_reason="abort") == 1
+        connection.close()
 
         running = Background([lambda: server.post(max_tokens=8000)])
         wait_until(lambda: scheduler.num_running == 1)
@@ -99,10 +100,28 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
         server.stop()
 
 
+def test_two_devices_are_two_workers(start_server, wait_until):
+    server = start_server(device="cpu,cpu")
+    scheduler = server.runtime.scheduler
+    replicas = server.runtime.pool._replicas
+    try:
+        wait_until(lambda: all(replica.is_ready for replica in replicas), 120)
+        streams = Background([lambda: server.stream(max_tokens=2500)] * 2)
+        wait_until(lambda: scheduler.num_running == 2)
+        assert [replica.worker.num_free for replica in replicas] == [0, 0]
+        server.kill_worker()
+        lost, whole = sorted(streams.join(), key=lambda events: '"error"' not in events[-2])
+        assert error_of(lost)["code"] == "worker_lost"
+        assert '"finish_reason":"length"' in whole[-2]
+        assert server.get("/ready").status_code == 200
+    finally:
+        server.stop()
+
+
 def test_deadlines_and_the_end_of_restarts(start_server, endless_model_dir, tmp_path, wait_until, caplog):
     model = tmp_path / "endless"
     shutil.copytree(endless_model_dir, model)
-    server = start_server(model=str(model), request_timeout=1.0, restart_limit=1)
+    server = start_server(model=str(model), request_timeout=2.5, restart_limit=1)
     scheduler = server.runtime.scheduler
     try:
         # Running: what there is, with finish_reason "length". Waiting: 503, as a status or inside the stream.

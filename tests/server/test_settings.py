@@ -51,6 +51,7 @@ def test_empty_variables_are_unset(monkeypatch):
         ("speculation", "turbo"),
         ("measure", "perhaps"),
         ("slots", "many"),
+        ("device", "cpu,"),
     ],
 )
 def test_bad_values_name_variable_flag_and_value(monkeypatch, name, value):
