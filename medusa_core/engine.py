@@ -252,11 +252,13 @@ class Engine:
             self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids
         )
         sequence.state = result.state
-        baseline = self.step_times.baseline_seconds(context) * len(result.token_ids)
-        if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
-            self._governor.observe(result.seconds, baseline)
         mode = sequence.params.speculation.mode if speculator else SpeculationMode.OFF
-        return emit(sequence, result.token_ids, decode_stats(result, mode, baseline))
+        per_token = self.step_times.baseline_seconds(context)
+        output = emit(sequence, result.token_ids, decode_stats(result, mode), per_token)
+        if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
+            assert output.stats is not None
+            self._governor.observe(output.stats.seconds, output.stats.baseline_seconds)
+        return output
 
     def _speculator(self, sequence: Sequence, nodes: int) -> Speculator | None:
         """None where the budget or context ends: no draft could be kept, or it would have no position."""
@@ -288,7 +290,8 @@ class Engine:
         if self.config.tree_nodes is not None:
             return self.config.tree_nodes
         if not self.step_times.trees:
-            return DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
+            default = DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
+            return self.speculation.calibration.tree_nodes or default
         return fastest_size(self.step_times, self.speculation.calibration)
 
 

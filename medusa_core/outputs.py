@@ -1,6 +1,7 @@
 """From a step's result to the `StepOutput` that leaves the engine."""
 
 import logging
+from dataclasses import replace
 
 import torch
 
@@ -11,10 +12,18 @@ from medusa_core.sequence import Sequence, cut_run
 logger = logging.getLogger(__name__)
 
 
-def emit(sequence: Sequence, token_ids: list[int], stats: StepStats) -> StepOutput:
-    """Cut the run at its first stop and book what is left."""
+def emit(
+    sequence: Sequence, token_ids: list[int], stats: StepStats, baseline_per_token: float = 0.0
+) -> StepOutput:
+    """Cut the run at its first stop and book what is left.
+
+    Ordinary decoding would have decided just that, the stop token included: `baseline_per_token` times that many
+    seconds are the step's baseline.
+    """
     cut = cut_run(token_ids, sequence.stop_ids, sequence.budget)
     sequence.num_generated += len(cut.token_ids)
+    decided = len(cut.token_ids) + (cut.stop_token_id is not None)
+    stats = replace(stats, baseline_seconds=decided * baseline_per_token)
     return StepOutput(
         request_id=sequence.request_id,
         token_ids=cut.token_ids,
@@ -24,8 +33,8 @@ def emit(sequence: Sequence, token_ids: list[int], stats: StepStats) -> StepOutp
     )
 
 
-def decode_stats(result: StepResult, mode: SpeculationMode, baseline_seconds: float) -> StepStats:
-    """A decode step's cost and gain."""
+def decode_stats(result: StepResult, mode: SpeculationMode) -> StepStats:
+    """What a decode step cost and which drafts it accepted."""
     return StepStats(
         mode=mode,
         is_prefill=False,
@@ -33,7 +42,6 @@ def decode_stats(result: StepResult, mode: SpeculationMode, baseline_seconds: fl
         propose_seconds=result.propose_seconds,
         verify_seconds=result.verify_seconds,
         commit_seconds=result.commit_seconds,
-        baseline_seconds=baseline_seconds,
         tree_nodes=result.tree_nodes,
         drafted=result.drafted,
         accepted=tuple(int(depth < result.accepted) for depth in range(len(result.drafted))),

@@ -33,7 +33,11 @@ def answer(
 
 
 def reask(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dialogues: list[Messages], turns: int, max_tokens: int
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    dialogues: list[Messages],
+    turns: int,
+    max_tokens: int,
 ) -> list[Messages]:
     """The dialogues with the model's own answers, at most `turns` of them."""
     done: list[Messages] = []

@@ -16,7 +16,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 USER_WEIGHT = 0.3  # a user's tokens teach language, but the product is the assistant's
 
 
-def encode_dialogue(messages: list[dict], tokenizer: PreTrainedTokenizerFast) -> tuple[list[int], list[float]]:
+def encode_dialogue(
+    messages: list[dict], tokenizer: PreTrainedTokenizerFast
+) -> tuple[list[int], list[float]]:
     """Token ids and loss weights of one dialogue in the chat template's format."""
     ids: list[int] = []
     weights: list[float] = []
@@ -146,7 +148,9 @@ def export(out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFas
     tokenizer.save_pretrained(target)
 
 
-def rows_at(step: int, steps: int, batch: int, short: tuple, long: tuple) -> tuple[torch.Tensor, torch.Tensor]:
+def rows_at(
+    step: int, steps: int, batch: int, short: tuple, long: tuple
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Batch number `step`; the last 12 % of training uses the long rows, a quarter as many at a time."""
     (tokens, weights), size = (short, batch) if step < steps * 0.88 else (long, batch // 4)
     start = step * size % (len(tokens) - size)
@@ -167,7 +171,10 @@ def main() -> None:
     dialogues = load_tokens(args.data / "train.jsonl", tokenizer)
     short, long = pack(dialogues, 512, args.seed), pack(dialogues, 2048, args.seed + 1)
     heldout = pack(load_tokens(args.data / "heldout.jsonl", tokenizer), 1024, 0)
-    print(f"{sum(len(d[0]) for d in dialogues)} tokens, {len(short[0])} rows, {len(heldout[0])} held out", flush=True)
+    print(
+        f"{sum(len(d[0]) for d in dialogues)} tokens, {len(short[0])} rows, {len(heldout[0])} held out",
+        flush=True,
+    )
     model = build_model(len(tokenizer), args.seed)
     optimizers = build_optimizers(model)
     start = 0

@@ -12,7 +12,11 @@ from medusa_core.tree import Tree, make_tree
 from tests.core.conftest import BuildEngine, decode, speculate
 
 TREES = ("dynamic", "static", "mc_sim_7b_63")
-SAMPLING = ({"temperature": 0.8, "top_p": 0.95}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 20, "min_p": 0.02})
+SAMPLING = (
+    {"temperature": 0.8, "top_p": 0.95},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 20, "min_p": 0.02},
+)
 
 
 def random_tree(seed: int, nodes: int, depth: int) -> Tree:
@@ -41,13 +45,20 @@ def test_greedy_equals_baseline_and_transformers(
         tree = TREES[number % len(TREES)]
         medusa = decode(engine, prompt, SamplingParams(**params, speculation=speculate(tree=tree)))
         reference = engine.backbone.model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, max_new_tokens=24,
-            temperature=None, top_p=None,
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            do_sample=False,
+            max_new_tokens=24,
+            temperature=None,
+            top_p=None,
         )[0, len(prompt) :].tolist()
         if reference[-1] in engine.chat.eos_token_ids:
             reference.pop()
         assert medusa.token_ids == baseline.token_ids == reference
-        assert (medusa.finish_reason, medusa.stop_token_id) == (baseline.finish_reason, baseline.stop_token_id)
+        assert (medusa.finish_reason, medusa.stop_token_id) == (
+            baseline.finish_reason,
+            baseline.stop_token_id,
+        )
         longest = max(longest, *(len(run) for run in medusa.runs))
     assert longest == 5  # the heads do get whole paths accepted: the test exercises commits
 
@@ -71,7 +82,10 @@ def test_sampled_equals_baseline_of_the_same_seed(
 
 @pytest.mark.parametrize("seed", range(6))
 def test_random_trees(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], heads: MedusaHeads, seed: int,
+    build_engine: BuildEngine,
+    tiny_prompts: list[list[int]],
+    heads: MedusaHeads,
+    seed: int,
     tmp_path: Path,
 ) -> None:
     tree = random_tree(seed, nodes=4 + 5 * seed, depth=4)

@@ -282,3 +282,5 @@ def start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]
     for process in started:
         with process:
             process.kill()
+            if process.stdout is not None and not process.stdout.closed:
+                print(process.stdout.read())  # noqa: T201 - pytest shows it for a test that failed
