@@ -2,7 +2,7 @@
 
     python benchmarks/drafting.py --prompts held_out.jsonl --limit 60 --json drafting.json
 
-The answers are the same either way; only how much of them each step gets differs, so one run of each is exact.
+The answers are the same either way; only how much of them each step gets differs, so one run each is exact.
 """
 
 import json

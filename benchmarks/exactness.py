@@ -1,9 +1,9 @@
-"""Token for token in float32: Medusa = our baseline = transformers' `generate`, and sampled = baseline of the seed.
+"""Token for token in float32: Medusa = our baseline = transformers' `generate`; sampled, = the same seed's baseline.
 
     python benchmarks/exactness.py --prompts held_out.jsonl --limit 200 --json exactness.json
 
 Every prompt is answered greedily by the baseline, by transformers and with each tree, then sampled at
-T = 0.8, top-p 0.95 and at T = 1.0 by the baseline and with each tree, with the shipped heads and with random ones.
+T = 0.8, top-p 0.95 and at T = 1.0 by the baseline and with each tree; with the shipped heads and random ones.
 """
 
 import json

@@ -17,8 +17,8 @@ def emit(
 ) -> StepOutput:
     """Cut the run at its first stop and book what is left.
 
-    Ordinary decoding would have decided just that, the stop token included: `baseline_per_token` times that many
-    seconds are the step's baseline.
+    Ordinary decoding would have decided just that, the stop token included: that many times
+    `baseline_per_token` (seconds) is the step's baseline.
     """
     cut = cut_run(token_ids, sequence.stop_ids, sequence.budget)
     sequence.num_generated += len(cut.token_ids)
