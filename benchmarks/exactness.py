@@ -1,4 +1,4 @@
-"""Token for token in float32: Medusa = our baseline = transformers' `generate`; sampled, = the same seed's baseline.
+"""Token for token in float32: greedy Medusa = baseline = transformers' `generate`; sampled Medusa = baseline.
 
     python benchmarks/exactness.py --prompts held_out.jsonl --limit 200 --json exactness.json
 
