@@ -4,6 +4,7 @@ Estimated speedup of speculation = rate(medusa_baseline_seconds_total) / rate(me
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
@@ -12,61 +13,17 @@ from medusa_core.request import FinishReason, SpeculationMode, StepStats
 REJECTED = "rejected"  # finish reason of requests that never got into the queue (429)
 FINISH_REASONS = (*FinishReason, REJECTED)
 
+# fmt: off
 STEP_BUCKETS = (
-    0.0005,
-    0.001,
-    0.002,
-    0.003,
-    0.005,
-    0.0075,
-    0.01,
-    0.015,
-    0.025,
-    0.05,
-    0.1,
-    0.2,
-    0.4,
-    0.8,
-    1.6,
-    5.0,
+    0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6, 5.0,
 )
 LATENCY_BUCKETS = (
-    0.0005,
-    0.001,
-    0.002,
-    0.005,
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-    300.0,
+    0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0,
 )
 REQUEST_BUCKETS = (
-    0.01,
-    0.02,
-    0.05,
-    0.1,
-    0.2,
-    0.5,
-    1.0,
-    2.0,
-    5.0,
-    10.0,
-    20.0,
-    60.0,
-    120.0,
-    300.0,
-    600.0,
-    1800.0,
+    0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
 )
+# fmt: on
 ACCEPTANCE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
@@ -81,84 +38,64 @@ class ServerMetrics:
     def __init__(self) -> None:
         # Else every counter has a second series that nobody plots.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = registry = CollectorRegistry()
-        steps = Counter("medusa_decode_steps", "Decode steps.", ["mode"], registry=registry)
-        tokens = Counter("medusa_generation_tokens", "Generated tokens.", ["mode"], registry=registry)
-        requests = Counter(
-            "medusa_requests",
-            "Requests by their end; 'rejected' found the queue full.",
-            ["finish_reason"],
-            registry=registry,
+        self.registry = CollectorRegistry()
+        self._define_work()
+        self._define_requests()
+
+    def _define_work(self) -> None:
+        """What the engine's steps cost and gained."""
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry, buckets=STEP_BUCKETS)
+        steps = counter("medusa_decode_steps", "Decode steps.", ["mode"])
+        tokens = counter("medusa_generation_tokens", "Generated tokens.", ["mode"])
+        self.prompt_tokens = counter("medusa_prompt_tokens", "Prompt tokens processed.")
+        self.drafted = counter("medusa_drafted_tokens", "Tree nodes drafted, by head (from 0).", ["head"])
+        self.accepted = counter("medusa_accepted_tokens", "Drafted tokens accepted, by head.", ["head"])
+        self.acceptance_length = histogram(
+            "medusa_acceptance_length", "Tokens decided by a decode step.", buckets=ACCEPTANCE_BUCKETS
         )
-        phases = Histogram(
-            "medusa_step_phase_seconds",
-            "Time of a decode step by phase.",
-            ["phase"],
-            buckets=STEP_BUCKETS,
-            registry=registry,
+        phases = histogram("medusa_step_phase_seconds", "Time of a decode step by phase.", ["phase"])
+        self.inter_token_latency = histogram(
+            "medusa_inter_token_latency_seconds", "Decode step time apportioned to the tokens it gained."
         )
-        self.drafted = Counter(
-            "medusa_drafted_tokens",
-            "Tree nodes drafted, by the head that drafted them (from 0).",
-            ["head"],
-            registry=registry,
+        self.decode_seconds = counter(
+            "medusa_decode_seconds", "Time of decode steps whose baseline was measured."
         )
-        self.accepted = Counter(
-            "medusa_accepted_tokens", "Drafted tokens accepted, by head.", ["head"], registry=registry
-        )
-        self.prompt_tokens = Counter("medusa_prompt_tokens", "Prompt tokens processed.", registry=registry)
-        self.acceptance_length = Histogram(
-            "medusa_acceptance_length",
-            "Tokens decided by a decode step.",
-            buckets=ACCEPTANCE_BUCKETS,
-            registry=registry,
-        )
-        self.time_to_first_token = Histogram(
-            "medusa_time_to_first_token_seconds",
-            "From acceptance of a request to its first token, queue included.",
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self.inter_token_latency = Histogram(
-            "medusa_inter_token_latency_seconds",
-            "Decode step time apportioned to the tokens it gained.",
-            buckets=STEP_BUCKETS,
-            registry=registry,
-        )
-        self.request_seconds = Histogram(
-            "medusa_request_seconds",
-            "From acceptance of a request to its end.",
-            buckets=REQUEST_BUCKETS,
-            registry=registry,
-        )
-        self.queue_wait = Histogram(
-            "medusa_queue_wait_seconds",
-            "Time a request waited for a slot.",
-            buckets=LATENCY_BUCKETS,
-            registry=registry,
-        )
-        self.queue_depth = Gauge("medusa_queue_depth", "Requests waiting for a slot.", registry=registry)
-        self.running = Gauge("medusa_running", "Requests in a slot.", registry=registry)
-        self.worker_restarts = Counter(
-            "medusa_worker_restarts", "Worker processes started again.", registry=registry
-        )
-        self.client_retries = Counter(
-            "medusa_client_retries", "Requests that OpenAI's SDK marked as retries.", registry=registry
-        )
-        self.decode_seconds = Counter(
-            "medusa_decode_seconds", "Time of decode steps whose baseline was measured.", registry=registry
-        )
-        self.baseline_seconds = Counter(
-            "medusa_baseline_seconds",
-            "What the tokens of those steps would have taken without speculation.",
-            registry=registry,
+        self.baseline_seconds = counter(
+            "medusa_baseline_seconds", "What the tokens of those steps would have taken without speculation."
         )
         # Children are looked up once: a step touches a dozen of them.
         self._steps = {mode: steps.labels(mode.value) for mode in SpeculationMode}
         self._tokens = {mode: tokens.labels(mode.value) for mode in SpeculationMode}
-        self._requests = {reason: requests.labels(reason) for reason in FINISH_REASONS}
         self._phases = [phases.labels(phase) for phase in ("propose", "verify", "commit")]
         self._heads: list[tuple[Counter, Counter]] = []
+
+    def _define_requests(self) -> None:
+        """What clients and workers do."""
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        gauge = partial(Gauge, registry=self.registry)
+        requests = counter(
+            "medusa_requests", "Requests by their end; 'rejected' found the queue full.", ["finish_reason"]
+        )
+        self._requests = {reason: requests.labels(reason) for reason in FINISH_REASONS}
+        self.time_to_first_token = histogram(
+            "medusa_time_to_first_token_seconds",
+            "From acceptance of a request to its first token, queue included.",
+            buckets=LATENCY_BUCKETS,
+        )
+        self.request_seconds = histogram(
+            "medusa_request_seconds", "From acceptance of a request to its end.", buckets=REQUEST_BUCKETS
+        )
+        self.queue_wait = histogram(
+            "medusa_queue_wait_seconds", "Time a request waited for a slot.", buckets=LATENCY_BUCKETS
+        )
+        self.queue_depth = gauge("medusa_queue_depth", "Requests waiting for a slot.")
+        self.running = gauge("medusa_running", "Requests in a slot.")
+        self.worker_restarts = counter("medusa_worker_restarts", "Worker processes started again.")
+        self.client_retries = counter(
+            "medusa_client_retries", "Requests that OpenAI's SDK marked as retries."
+        )
 
     def watch_queue(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
         """Read the two gauges from their owner at each scrape."""

@@ -1,0 +1,69 @@
+"""A stand-in for a worker process, and requests on it."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from medusa_core.request import FinishReason, SamplingParams, StepOutput
+from server.metrics import ServerMetrics
+from server.scheduler import Scheduler
+
+PARAMS = SamplingParams()
+
+
+class NotingWorker:
+    """Takes requests up to its slots, as a worker process does, and notes what it was told."""
+
+    def __init__(self, slots=1):
+        self.slots = slots
+        self.running = []
+        self.aborted = []
+
+    @property
+    def num_free(self):
+        return self.slots - len(self.running)
+
+    def submit(self, request_id, prompt_ids, params):
+        assert self.num_free > 0
+        self.running.append(request_id)
+
+    def abort(self, request_id):
+        if request_id in self.running:
+            self.running.remove(request_id)
+            self.aborted.append(request_id)
+
+
+def make_scheduler(**changes):
+    options = {"queue_limit": 2, "request_timeout": 60.0} | changes
+    return Scheduler(**options, metrics=ServerMetrics())
+
+
+def run(scenario, **options):
+    async def go():
+        async with asyncio.timeout(10):
+            await scenario(make_scheduler(**options))
+
+    asyncio.run(go())
+
+
+def finish(scheduler, worker, request_id, *tokens, reason=FinishReason.STOP, stats=None):
+    """A last output as a worker process reports it: its slot is free before anyone hears of it."""
+    worker.running.remove(request_id)
+    scheduler.worker_output(
+        worker, StepOutput(request_id=request_id, token_ids=tokens, stats=stats, finish_reason=reason)
+    )
+
+
+async def end_of(job):
+    return (await job.mailbox.take())[1]
+
+
+def submit(scheduler, name):
+    return scheduler.submit(name, [1, 2, 3], PARAMS)
+
+
+@pytest.fixture(scope="session")
+def bench() -> SimpleNamespace:
+    """What tests of the scheduler share: a worker that takes notes, and ways to submit, finish and run."""
+    return SimpleNamespace(Worker=NotingWorker, run=run, submit=submit, finish=finish, end_of=end_of)
