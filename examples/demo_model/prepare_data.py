@@ -2,7 +2,8 @@
 
 Input: one JSONL (optionally .gz) of `{"source", "cap", "punct", "messages"}` rows (see README.md for how
 to obtain it) and one of identity pairs with `{{name}}` and `{{author}}` holes.
-Output: `train.jsonl`, `heldout.jsonl` (1 % of the task dialogues, by hash) and a tokenizer folder.
+Output: `train.jsonl`, `heldout.jsonl` (1 % of the task dialogues, by hash), `calibration.jsonl` (the same, each
+cut behind one of the user's turns) and a tokenizer folder.
 """
 
 import argparse
@@ -112,6 +113,16 @@ def build_mix(rows: Iterator[dict], identity: list[list[dict]], seed: int) -> tu
     return train, heldout
 
 
+def cut_dialogues(dialogues: list[list[dict]], seed: int) -> list[list[dict]]:
+    """Each dialogue up to a random turn of the user: whole ones would mostly ask for a goodbye."""
+    rng = random.Random(seed)
+    cut = []
+    for messages in dialogues:
+        ends = [i + 1 for i, message in enumerate(messages) if message["role"] == "user"]
+        cut.append(messages[: rng.choice(ends)])
+    return cut
+
+
 def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE of `VOCAB_SIZE` entries; special tokens take the first ids."""
     tokenizer = Tokenizer(models.BPE())
@@ -144,7 +155,8 @@ def main() -> None:
     args = parser.parse_args()
     train, heldout = build_mix(read_jsonl(args.dialogues), identity_pairs(args.identity), args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, rows in (("train", train), ("heldout", heldout)):
+    files = {"train": train, "heldout": heldout, "calibration": cut_dialogues(heldout, args.seed)}
+    for name, rows in files.items():
         with (args.out / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps({"messages": row}) + "\n" for row in rows)
     sample = random.Random(args.seed).sample(train, min(20_000, len(train)))
