@@ -2,8 +2,8 @@
 
 Input: one JSONL (optionally .gz) of `{"source", "cap", "punct", "messages"}` rows (see README.md for how
 to obtain it) and one of identity pairs with `{{name}}` and `{{author}}` holes.
-Output: `train.jsonl`, `heldout.jsonl` (1 % of the task dialogues, by hash), `calibration.jsonl` (the same, each
-cut behind one of the user's turns) and a tokenizer folder.
+Output: `train.jsonl`, `heldout.jsonl` (1 % of the task dialogues, by hash), `calibration.jsonl` (the same,
+each cut behind one of the user's turns) and a tokenizer folder.
 """
 
 import argparse
