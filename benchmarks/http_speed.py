@@ -1,9 +1,10 @@
-"""What HTTP costs: decode tokens/s through `medusa serve` against the engine's own, interleaved in one run.
+"""What HTTP costs: tokens/s of whole answers through `medusa serve` against the engine's own, interleaved.
 
     python benchmarks/http_speed.py --prompts held_out.jsonl --limit 30 --json http.json
 
-Starts a server on a free loopback port, streams with a plain httpx client at concurrency 1, and runs the same
-prompts, greedy, on an engine of its own in this process. Prefill is left out on both sides.
+Starts a server on a free loopback port, streams with a plain httpx client at concurrency 1, and runs the
+same prompts, greedy, on an engine of its own in this process. Answers are timed whole, prefill included: the server
+sends tokens in groups, so a clock that starts at the first one would miss those that came with it.
 """
 
 import json
@@ -43,7 +44,7 @@ def main(
     dtype: str = "auto",
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
-    """Print and write the ratio of decode rates."""
+    """Print and write the ratio of rates."""
     engine = Engine.from_pretrained(model, heads=heads, config=EngineConfig(dtype=dtype))
     chosen = load_prompts(prompts, limit)
     fitting_prompts(engine, chosen, max_tokens, warn=_refuse)
@@ -90,9 +91,9 @@ def measure(
 
 
 def stream(client: httpx.Client, model: str, prompt: Prompt, max_tokens: int) -> Run:
-    """One streamed answer; only the number of its tokens is known, so ids are zeros.
+    """One streamed answer, up to the last event of its choice; only the number of its tokens is known.
 
-    From the first piece of text to the last event of the choice. A stop token takes a step as well.
+    So ids are zeros. A stop token takes a step as well.
     """
     body = {
         "model": model,
@@ -168,7 +169,7 @@ def _free_port() -> int:
 
 
 def _median_rate(runs: Sequence[Run]) -> float:
-    return median(rate for run in runs if (rate := run.tokens_per_second) is not None)
+    return median(len(run.token_ids) / (run.prefill_seconds + run.decode_seconds) for run in runs)
 
 
 def _refuse(problem: str) -> None:

@@ -1,0 +1,37 @@
+"""The listening socket: what accepted connections inherit from it."""
+
+import asyncio
+import socket
+
+import pytest
+
+from medusa_core.errors import ConfigError
+from server.listener import bind
+
+
+def test_accepted_connections_send_small_chunks_at_once() -> None:
+    """Without TCP_NODELAY a stream's second chunk waits 40 ms for the first one's acknowledgement."""
+
+    async def option() -> int:
+        seen: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            seen.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = bind("127.0.0.1", 0)
+        async with await asyncio.start_server(accept, sock=listener):
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            result = await asyncio.wait_for(seen, 10)
+            writer.close()
+            await writer.wait_closed()
+            return result
+
+    assert asyncio.run(option()) != 0
+
+
+def test_a_taken_port_is_one_line() -> None:
+    taken = bind("127.0.0.1", 0)
+    with taken, pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port"):
+        bind("127.0.0.1", taken.getsockname()[1])
