@@ -3,8 +3,8 @@
     python benchmarks/http_speed.py --prompts held_out.jsonl --limit 30 --json http.json
 
 Starts a server on a free loopback port, streams with a plain httpx client at concurrency 1, and runs the
-same prompts, greedy, on an engine of its own in this process. Answers are timed whole, prefill included: the server
-sends tokens in groups, so a clock that starts at the first one would miss those that came with it.
+same prompts, greedy, on an engine of its own in this process. Answers are timed whole, prefill included: the
+server sends tokens in groups, so a clock that starts at the first one would miss those that came with it.
 """
 
 import json
