@@ -13,10 +13,11 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from medusa_core.errors import TokenizerError
+from medusa_core.errors import ConfigError, TokenizerError
+from medusa_core.request import SamplingParams
 from medusa_core.sentencepiece_conversion import convert_sentencepiece
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -120,6 +121,7 @@ def load_chat_tokenizer(
         tokenizer.chat_template = read_template("vicuna")
     if require_template and tokenizer.chat_template is None:
         raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
+    _check_template_syntax(tokenizer)
     generation = _read_json(directory / "generation_config.json")
     return ChatTokenizer(
         tokenizer=tokenizer,
@@ -184,6 +186,23 @@ def _load_tokenizer(directory: Path, config: Mapping[str, Any]) -> PreTrainedTok
     return tokenizer
 
 
+def _check_template_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Now rather than at every request: no messages get through a template that does not compile.
+
+    What a template that compiles says to this one message is its own affair.
+    """
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"the chat template is broken in line {error.lineno}: {error.message}"
+        ) from error
+    except TEMPLATE_FAILURES:
+        return
+
+
 def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:
     """The tokenizer's end-of-sequence id and those of the model's (generation) configuration."""
     declared = config.get("eos_token_id")
@@ -201,6 +220,12 @@ def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise TokenizerError(f"generation_config.json: {name} must be a number, not {value!r}")
+    if isinstance(values.get("top_k"), float):
+        raise TokenizerError(f"generation_config.json: top_k must be a whole number, not {values['top_k']}")
+    try:
+        SamplingParams(**values)
+    except ConfigError as error:
+        raise TokenizerError(f"generation_config.json: {error}") from error
     return GenerationDefaults(**values)
 
 

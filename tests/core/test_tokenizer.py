@@ -257,6 +257,37 @@ def test_generation_defaults(tiny_model_dir, copy_of, values, expected):
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "problem"),
+    [
+        ("temperature", -3, "temperature must be between 0 and 100, not -3"),
+        ("top_p", 0, "top_p must be above 0"),
+        ("min_p", 2, "min_p must be between"),
+        ("top_k", 50.0, "top_k must be a whole number, not 50.0"),
+    ],
+)
+def test_generation_defaults_out_of_range_are_refused(tiny_model_dir, copy_of, name, value, problem):
+    path = copy_of(tiny_model_dir)
+    (path / "generation_config.json").write_text(json.dumps({"do_sample": True, name: value}))
+    with pytest.raises(TokenizerError, match=f"generation_config.json: {problem}"):
+        load_chat_tokenizer(path)
+
+
+def test_a_template_that_does_not_compile_is_refused_at_once(tiny_model_dir, tmp_path):
+    template = tmp_path / "broken.jinja"
+    template.write_text("{{ bos_token }}\n{% for %}")
+    with pytest.raises(TokenizerError, match="chat template is broken in line 2"):
+        load_chat_tokenizer(tiny_model_dir, str(template))
+
+
+def test_a_template_that_refuses_some_messages_is_none_of_the_loaders_business(tiny_model_dir, tmp_path):
+    template = tmp_path / "picky.jinja"
+    template.write_text("{{ raise_exception('a system message must come first') }}")
+    chat = load_chat_tokenizer(tiny_model_dir, str(template))
+    with pytest.raises(TokenizerError, match="a system message must come first"):
+        chat.render(TURNS)
+
+
 def test_eos_comes_from_the_model_config_without_a_generation_config(tiny_model_dir, copy_of):
     path = copy_of(tiny_model_dir)
     (path / "generation_config.json").unlink()
