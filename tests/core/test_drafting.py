@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from medusa_core.decoding.drafting import (
+    NOISE_WEIGHT,
     DraftTree,
     DynamicDrafter,
     StaticDrafter,
@@ -201,4 +202,5 @@ def test_coupled_scores() -> None:
     )  # more positions, a larger vocabulary
     assert torch.equal(couple(logits, 0.0, noise), logits.float())
     assert torch.equal(couple(logits, 0.7, None), logits.float())
-    assert torch.equal(couple(logits, 0.7, noise)[0], logits[0].float() + 0.7 * noise[:3, :6])
+    expected = logits[0].float() + NOISE_WEIGHT * 0.7 * noise[:3, :6]
+    assert torch.allclose(couple(logits, 0.7, noise)[0], expected)
