@@ -23,7 +23,7 @@ from medusa_core.decoding.step import Speculator, decode_step, first_state, pref
 from medusa_core.decoding.timing import phase_timer
 from medusa_core.engine_info import EngineInfo
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
-from medusa_core.governor import Governor
+from medusa_core.governor import Governors
 from medusa_core.heads.base import DraftHeads
 from medusa_core.loading import EngineParts, load_parts, resolve_context_length, speculator_factory
 from medusa_core.outputs import decode_stats, emit, failed
@@ -55,7 +55,7 @@ class Engine:
         timer = StepTimer(self.backbone, self._cache, self.speculation)
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
-        self._governor = Governor(self.tree_nodes)
+        self._governors = Governors(self.tree_nodes)
 
     @classmethod
     def from_pretrained(
@@ -246,7 +246,8 @@ class Engine:
         assert sequence.state is not None
         cache = self._cache.slots[sequence.slot]
         context = cache.length
-        nodes = self._governor.nodes
+        governor = self._governors.of(sequence.params)
+        nodes = governor.nodes
         speculator = self._speculator(sequence, nodes)
         result = decode_step(
             self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids
@@ -257,7 +258,7 @@ class Engine:
         output = emit(sequence, result.token_ids, decode_stats(result, mode), per_token)
         if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
             assert output.stats is not None
-            self._governor.observe(output.stats.seconds, output.stats.baseline_seconds)
+            governor.observe(output.stats.seconds, output.stats.baseline_seconds)
         return output
 
     def _speculator(self, sequence: Sequence, nodes: int) -> Speculator | None:

@@ -5,18 +5,46 @@ a tree that does not pay: hence the trials of the next larger one, ever more rar
 """
 
 import logging
+import math
+
+from medusa_core.request import SamplingParams
 
 logger = logging.getLogger(__name__)
 
 WINDOW_STEPS = 96
 RETRY_STEPS = 1000  # steps at a size before the next larger one gets a trial; doubles with each that fails
 MAX_RETRY_STEPS = 64_000
+BANDS = 4  # of temperatures: 0, up to 0.5, up to 1, up to 1.5, and all above
+
+
+class Governors:
+    """A governor for each kind of request, none of which shrinks another's tree.
+
+    Kinds differ in what they accept: at temperature 2 hardly a draft is right, and where that traffic is best
+    served without speculation, greedy answers still gain from it.
+    """
+
+    def __init__(self, nodes: int) -> None:
+        self._nodes = nodes
+        self._by_kind: dict[tuple[str, str, int], Governor] = {}
+
+    def of(self, params: SamplingParams) -> "Governor":
+        """The one for requests of this mode, tree and band of temperatures."""
+        speculation = params.speculation
+        kind = (speculation.mode.value, speculation.tree, min(BANDS, math.ceil(2 * params.temperature)))
+        if kind not in self._by_kind:
+            self._by_kind[kind] = Governor(self._nodes, f"{kind[0]}, {kind[1]} tree, {_band(kind[2])}")
+        return self._by_kind[kind]
 
 
 class Governor:
-    """Judges windows of decode steps: their seconds against what their tokens take without speculation."""
+    """Judges windows of decode steps: their seconds against what their tokens take without speculation.
 
-    def __init__(self, nodes: int) -> None:
+    `traffic` names in the log whose steps they are.
+    """
+
+    def __init__(self, nodes: int, traffic: str = "all requests") -> None:
+        self._traffic = traffic
         self._ladder = [1]
         while self._ladder[-1] * 2 < nodes:
             self._ladder.append(self._ladder[-1] * 2)
@@ -62,10 +90,11 @@ class Governor:
         self._steps_here = 0
         now = f"a tree of {self.nodes} nodes" if self.nodes > 1 else "no speculation"
         logger.warning(
-            "speculation with %d nodes is slower than without (estimated speedup %.2f): %s from now on",
+            "speculation with %d nodes is slower than without (estimated speedup %.2f): %s from now on (%s)",
             old,
             speedup,
             now,
+            self._traffic,
         )
 
     def _try_larger(self) -> None:
@@ -73,10 +102,16 @@ class Governor:
         self._on_trial = True
         self._steps_here = 0
         self._retry_after = min(2 * self._retry_after, MAX_RETRY_STEPS)
-        logger.info("trying speculation with %d nodes again", self.nodes)
+        logger.info("trying speculation with %d nodes again (%s)", self.nodes, self._traffic)
         self._reset_window()
 
     def _reset_window(self) -> None:
         self._steps = 0
         self._seconds = 0.0
         self._baseline = 0.0
+
+
+def _band(band: int) -> str:
+    if band == 0:
+        return "greedy"
+    return f"temperature up to {band / 2:g}" if band < BANDS else f"temperature above {(BANDS - 1) / 2:g}"

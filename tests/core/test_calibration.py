@@ -19,7 +19,7 @@ from medusa_core.calibration.measure import (
 )
 from medusa_core.checkpoints import save_heads
 from medusa_core.config import EngineConfig
-from medusa_core.decoding.drafting import StaticDrafter
+from medusa_core.decoding.drafting import NOISE_WEIGHT, StaticDrafter
 from medusa_core.engine import Engine
 from medusa_core.errors import CapacityError, ConfigError, DataError
 from medusa_core.heads.medusa import MedusaHeads
@@ -89,7 +89,8 @@ def test_sampled_scores_carry_the_noise_of_their_positions(
     for row in (0, 7, 17):
         # Head k guesses the token at answer place row + 1 + k; the answer begins behind the prompt.
         noise = gumbel_noise(5, [len(prompt) + row + 1 + k for k in range(4)], vocabulary)
-        torch.testing.assert_close(sampled.scores_NKV[row], plain.scores_NKV[row] + 0.8 * noise)
+        expected = plain.scores_NKV[row] + NOISE_WEIGHT * 0.8 * noise
+        torch.testing.assert_close(sampled.scores_NKV[row], expected)
 
 
 def test_chunks_change_nothing(

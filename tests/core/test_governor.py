@@ -2,7 +2,8 @@
 
 import pytest
 
-from medusa_core.governor import MAX_RETRY_STEPS, RETRY_STEPS, WINDOW_STEPS, Governor
+from medusa_core.governor import MAX_RETRY_STEPS, RETRY_STEPS, WINDOW_STEPS, Governor, Governors
+from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
 
 
 def observe(governor: Governor, steps: int, speedup: float) -> None:
@@ -105,3 +106,25 @@ def test_one_node_is_no_speculation_for_good() -> None:
     governor = Governor(1)
     observe(governor, 3 * RETRY_STEPS, speedup=2.0)
     assert governor.nodes == 1
+
+
+def test_traffic_that_does_not_pay_leaves_other_traffic_alone(caplog: pytest.LogCaptureFixture) -> None:
+    governors = Governors(16)
+    hot, greedy = SamplingParams(temperature=1.9), SamplingParams(temperature=0.0)
+    observe(governors.of(hot), 4 * WINDOW_STEPS, speedup=0.8)
+    assert governors.of(hot).nodes == 1
+    assert governors.of(greedy).nodes == 16
+    assert "no speculation from now on (exact, dynamic tree, temperature above 1.5)" in caplog.text
+
+
+def test_requests_are_told_apart_by_what_decides_acceptance() -> None:
+    governors = Governors(16)
+    typical = SpeculationParams(mode=SpeculationMode.TYPICAL)
+    static = SpeculationParams(tree="static")
+    kinds = [SamplingParams(temperature=t) for t in (0.0, 0.3, 0.8, 1.2, 2.0)]
+    kinds += [SamplingParams(speculation=speculation) for speculation in (typical, static)]
+    assert len({id(governors.of(params)) for params in kinds}) == len(kinds)
+    assert governors.of(SamplingParams(temperature=0.7, seed=1)) is governors.of(
+        SamplingParams(temperature=1.0)
+    )
+    assert governors.of(SamplingParams(temperature=50.0)) is governors.of(SamplingParams(temperature=1.6))
