@@ -419,3 +419,6 @@ def test_speculation_that_costs_more_than_it_gains_is_turned_off(
     # A tree asked for by name is used as it is.
     named = [o.stats.tree_nodes for o in answer("exact", PUBLISHED) if o.stats and not o.stats.is_prefill]
     assert named[0] == 64
+    # Greedy answers lost their tree, not those at another temperature.
+    warm = list(engine.generate([5, 6], SamplingParams(temperature=0.8, max_tokens=20, ignore_eos=True)))
+    assert next(o.stats.tree_nodes for o in warm if o.stats and not o.stats.is_prefill) == 4
