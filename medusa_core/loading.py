@@ -48,7 +48,8 @@ def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig
         source,
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
-        lm_head_weight=backbone.lm_head_weight,
+        # All rows, padding included: published heads are often padded like their backbone.
+        lm_head_weight=backbone.model.get_output_embeddings().weight,
         dtype=dtype,
         device=device,
     )

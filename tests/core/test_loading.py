@@ -125,3 +125,21 @@ def test_auto_dtype_on_cuda_is_the_checkpoints(tiny_model_dir: Path, tmp_path: P
 )
 def test_context_length(max_length: int | None, positions: int, length: int) -> None:
     assert resolve_context_length(max_length, positions) == length
+
+
+def test_heads_padded_like_their_backbone_load_trimmed(vicuna_layout_dir: Path, tmp_path: Path) -> None:
+    """Padded vocabularies (Qwen's, say) pad the published heads too; the padding is never drafted."""
+    backbone = load_parts(vicuna_layout_dir, "none", FLOAT32).backbone
+    padded = backbone.model.get_output_embeddings().weight
+    assert len(padded) > backbone.vocab_size
+    heads = MedusaHeads.new(
+        hidden_size=backbone.hidden_size,
+        vocab_size=len(padded),
+        num_heads=2,
+        num_layers=1,
+        lm_head_weight=padded,
+    )
+    save_heads(heads, tmp_path / "heads", base_model="padded")
+    loaded = load_parts(vicuna_layout_dir, tmp_path / "heads", FLOAT32).heads
+    assert loaded is not None
+    assert loaded.vocab_size == backbone.vocab_size
