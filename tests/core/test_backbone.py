@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from medusa_core.backbone import Backbone, load_backbone
@@ -394,3 +395,28 @@ def test_heads_among_the_weights_are_no_surprise(
     }
     save_file(load_file(file) | extra, file, metadata={"format": "pt"})
     assert load_backbone(folder, dtype=torch.float32, device=CPU).vocab_size == 320
+
+
+class _BatchedProducts(TorchDispatchMode):
+    """Shapes of what goes into batched matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten.bmm:
+            self.shapes += [tuple(operand.shape) for operand in args]
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_prefill_multiplies_by_the_output_layer_once(tiny_backbone: Backbone) -> None:
+    """As a batched product it would copy the layer's weights first, in bfloat16."""
+    cache = tiny_backbone.new_cache(1, 64)
+    with (
+        torch.no_grad(),
+        _BatchedProducts() as products,
+    ):  # inference mode would hide them in larger operations
+        prefill_chunk(tiny_backbone, cache.slots[cache.acquire()], list(range(5, 12)))
+    vocab_size, hidden_size = tiny_backbone.model.get_output_embeddings().weight.shape
+    assert (1, hidden_size, vocab_size) not in products.shapes
