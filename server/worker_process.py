@@ -56,6 +56,7 @@ class WorkerProcess:
         self._running: set[str] = set()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._exited = asyncio.Event()
+        self._exit_code: int | None = None
 
     @property
     def num_free(self) -> int:
@@ -67,7 +68,8 @@ class WorkerProcess:
 
     @property
     def exit_code(self) -> int | None:
-        return self._process.exitcode
+        """None while it runs."""
+        return self._exit_code
 
     def start(self) -> None:
         """Spawn the process and listen to it. Raises `OSError` if the system has no room for one."""
@@ -113,7 +115,7 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows from the event loop."""
-        if self._process.is_alive():
+        if not self._exited.is_set() and self._process.is_alive():
             self._process.kill()
 
     async def stop(self) -> None:
@@ -164,6 +166,9 @@ class WorkerProcess:
         self._events.close()
         self._outgoing.put(None)
         self._process.join()
+        self._exit_code = self._process.exitcode
+        # Two descriptors, which would stay open as long as an ended job remembers this worker.
+        self._process.close()
         self._exited.set()
         self._on_exit(self)
 

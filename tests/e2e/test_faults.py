@@ -47,9 +47,12 @@ def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
         streams = Background([lambda: server.stream(max_tokens=8000)] * 4)
         wait_until(lambda: scheduler.num_running == 4)
         first_pid = server.worker_pid
+        first_worker = server.runtime.pool._replicas[0].worker
         server.kill_worker()
         for events in streams.join():
             assert error_of(events)["code"] == "worker_lost"
+        assert first_worker.exit_code == -signal.SIGKILL
+        assert "closed" in repr(first_worker._process)  # its descriptors do not add up over restarts
         # The next request waits for the restart.
         assert server.post(timeout=120, max_tokens=3).status_code == 200
         assert server.worker_pid != first_pid
