@@ -21,7 +21,7 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
 from medusa_core.errors import CheckpointError, ConfigError
-from medusa_core.kv_cache import KVCache, SlotCache
+from medusa_core.kv_cache import CacheShape, KVCache, SlotCache
 
 IGNORED_KEYS = ("medusa_head.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -79,23 +79,31 @@ class Backbone:
                 limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
         return limit
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Zeroed slots for this model's layers. Raises `ConfigError` if memory does not hold them."""
-        layers, heads, head_dim = self._cache_shape
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """Input embeddings [..., E] as the model's own module gives them, scaled if that scales."""
+        embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
+        return embeddings
+
+    def new_cache(self, slots: int, capacity: int, follower: CacheShape | None = None) -> KVCache:
+        """Zeroed slots for this model's layers, and for draft heads' if `follower` is given.
+
+        Raises `ConfigError` if memory does not hold them.
+        """
+        shape = self._cache_shape
         try:
             return KVCache(
-                num_layers=layers,
-                num_kv_heads=heads,
-                head_dim=head_dim,
+                shape,
                 slots=slots,
                 capacity=capacity,
                 dtype=self.dtype,
                 device=self.device,
+                follower=follower,
             )
         except RuntimeError as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
-            gib = 2 * layers * heads * head_dim * slots * capacity * self.dtype.itemsize / 2**30
+            numbers = sum(s.num_layers * s.num_kv_heads * s.head_dim for s in (shape, follower) if s)
+            gib = 2 * numbers * slots * capacity * self.dtype.itemsize / 2**30
             raise ConfigError(
                 f"a cache of {slots} slots of {capacity} tokens needs {gib:.1f} GiB, which are not free: "
                 "lower slots or max_length"
@@ -145,8 +153,8 @@ class Backbone:
         return {"full_attention": mask, "sliding_attention": sliding}
 
     @torch.inference_mode()
-    def _probe_cache_shape(self) -> tuple[int, int, int]:
-        """(layers, key/value heads, head dimension), read off a one-token run."""
+    def _probe_cache_shape(self) -> CacheShape:
+        """Read off a one-token run."""
         cache = DynamicCache()
         self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache)
         shapes = set()
@@ -157,7 +165,7 @@ class Backbone:
         if len(shapes) != 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
             raise CheckpointError(f"layers must share one key/value shape, not {sorted(shapes)}")
         heads, head_dim, _ = shapes.pop()
-        return len(cache.layers), heads, head_dim
+        return CacheShape(len(cache.layers), heads, head_dim)
 
     @torch.inference_mode()
     def _probe_split(self) -> bool:

@@ -4,13 +4,26 @@ One tensor `storage` [L, 2, B, H, C, D] holds every layer's keys and values: L l
 heads, C capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind the
 committed length n; `commit` keeps the accepted rows (the trim of the paper, §2.2), anything not committed is
 overwritten later.
+
+Draft heads with attention of their own (Hydra++) keep their keys and values in a *follower*: the same slots
+of another shape, whose length trails the slot's and never exceeds it.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What a token's keys and values take: L layers, H key/value heads, D head dimension."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 class SlotLayer(CacheLayerMixin):
@@ -52,7 +65,8 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """One slot of a `KVCache`, passed to the model as `past_key_values` (batch of one)."""
 
-    def __init__(self, storage_L2HCD: Tensor) -> None:
+    def __init__(self, storage_L2HCD: Tensor, follower: "SlotCache | None" = None) -> None:
+        self.follower = follower
         self._storage = storage_L2HCD
         self._slot_layers = [SlotLayer(layer[0][None], layer[1][None]) for layer in storage_L2HCD]
         super().__init__(layers=list(self._slot_layers))
@@ -92,6 +106,8 @@ class SlotCache(Cache):
         if not 0 <= length <= self._length:
             raise ValueError(f"cannot truncate {self._length} tokens to {length}")
         self._set_length(length)
+        if self.follower is not None:
+            self.follower.truncate(min(length, self.follower.length))
 
     def _set_length(self, length: int) -> None:
         assert length <= self.capacity
@@ -101,22 +117,28 @@ class SlotCache(Cache):
 
 
 class KVCache:
-    """The slots' memory: allocated once, handed out slot by slot."""
+    """The slots' memory, and their followers' if given a shape: allocated once, handed out slot by slot."""
 
     def __init__(
         self,
+        shape: CacheShape,
         *,
-        num_layers: int,
-        num_kv_heads: int,
-        head_dim: int,
         slots: int,
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        follower: CacheShape | None = None,
     ) -> None:
-        shape = (num_layers, 2, slots, num_kv_heads, capacity, head_dim)
-        self.storage_L2BHCD = torch.zeros(shape, dtype=dtype, device=device)
-        self.slots = [SlotCache(self.storage_L2BHCD[:, :, slot]) for slot in range(slots)]
+        def allocate(shape: CacheShape) -> Tensor:
+            size = (shape.num_layers, 2, slots, shape.num_kv_heads, capacity, shape.head_dim)
+            return torch.zeros(size, dtype=dtype, device=device)
+
+        self.storage_L2BHCD = allocate(shape)
+        followers: list[SlotCache | None] = [None] * slots
+        if follower is not None:
+            storage = allocate(follower)
+            followers = [SlotCache(storage[:, :, slot]) for slot in range(slots)]
+        self.slots = [SlotCache(self.storage_L2BHCD[:, :, slot], followers[slot]) for slot in range(slots)]
         self._free = list(reversed(range(slots)))
 
     @property

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medusa_core.heads.base import TrainingBatch
+from medusa_core.kv_cache import CacheShape, SlotCache
+
 
 class MedusaHeads(nn.Module):
     """K heads of L residual blocks with an output layer per head, or one shared with the backbone.
 
     `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's
-    own output layer: a buffer that is neither trained nor saved.
+    own output layer: a buffer that is neither trained nor saved. `token_map` [V]: the token ids of the output
+    rows (reduced draft vocabulary); None: rows 0..V-1 are tokens 0..V-1.
     """
 
     shared_output_VE: Tensor | None
+    token_map_V: Tensor | None
 
     def __init__(
         self,
@@ -29,6 +34,7 @@ class MedusaHeads(nn.Module):
         hidden_size: int,
         vocab_size: int,
         shared_output: Tensor | None = None,
+        token_map: Tensor | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -44,7 +50,11 @@ class MedusaHeads(nn.Module):
         self.block_biases = nn.ParameterList(
             nn.Parameter(torch.zeros(square[:2], dtype=dtype, device=device)) for _ in range(num_layers)
         )
-        shared = None if shared_output is None else shared_output[:vocab_size].detach().to(device, dtype)
+        own_map = None if token_map is None else token_map.to(device=device, dtype=torch.long)
+        self.register_buffer("token_map_V", own_map, persistent=False)
+        shared = None
+        if shared_output is not None:
+            shared = output_rows(shared_output, vocab_size, token_map).to(device, dtype)
         self.register_buffer("shared_output_VE", shared, persistent=False)
         self.output_KVE: nn.Parameter | None = None
         if shared is None:
@@ -61,13 +71,14 @@ class MedusaHeads(nn.Module):
         num_layers: int,
         lm_head_weight: Tensor,
         shared: bool = False,
+        token_map: Tensor | None = None,
     ) -> "MedusaHeads":
         """Fresh heads in the dtype and on the device of `lm_head_weight` [>= V, E].
 
         Blocks start as the identity (W = 0, b = 0: the slope of SiLU at 0 is 1/2, so they still learn) and
         the output layers as copies of the backbone's rows, or as those rows themselves if `shared`.
         """
-        rows = lm_head_weight[:vocab_size].detach()
+        rows = output_rows(lm_head_weight, vocab_size, token_map)
         if rows.shape != (vocab_size, hidden_size):
             raise ValueError(
                 f"lm_head {tuple(lm_head_weight.shape)} lacks {vocab_size} rows of {hidden_size}"
@@ -77,7 +88,8 @@ class MedusaHeads(nn.Module):
             num_layers=num_layers,
             hidden_size=hidden_size,
             vocab_size=vocab_size,
-            shared_output=rows if shared else None,
+            shared_output=lm_head_weight if shared else None,
+            token_map=token_map,
             dtype=rows.dtype,
             device=rows.device,
         )
@@ -97,9 +109,27 @@ class MedusaHeads(nn.Module):
         return self._vocab_size
 
     @property
+    def token_map(self) -> Tensor | None:
+        """Token id [V] of each output row; None: they are the same."""
+        return self.token_map_V
+
+    @property
     def is_shared(self) -> bool:
         """Whether the output layer is the backbone's."""
         return self.output_KVE is None
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        """None: the last hidden state is all these heads need."""
+        return None
+
+    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
+        """The last of the newly committed tokens' hidden states [B, E]."""
+        return hidden_BTE[:, -1]
+
+    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+        """What `read` would have returned at every position: the hidden states themselves."""
+        return hidden_BSE
 
     @torch.inference_mode()
     def draft_logits(self, hidden_BE: Tensor) -> Tensor:
@@ -114,9 +144,19 @@ class MedusaHeads(nn.Module):
         features_KBE = self._blocks(hidden_BE + functional.silu(inner_KBE), first=1)
         return self._project(features_KBE).transpose(0, 1)
 
-    def features(self, rows_KNE: Tensor) -> Tensor:
-        """What the output layers see [K, N, E], where every head has rows of its own [K, N, E] (training)."""
-        return self._blocks(rows_KNE, first=0)
+    def features(self, batch: TrainingBatch, source_KN: Tensor) -> Tensor:
+        """What the output layers see [K, N, E], head k starting from its own positions [K, N] (training)."""
+        return self._blocks(batch.hidden_BSE.flatten(0, 1)[source_KN], first=0)
+
+    @property
+    def output(self) -> Tensor:
+        """Output layers [K, V, E], or the shared one [V, E]."""
+        return self.output_weight(0) if self.output_KVE is None else self.output_KVE
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """None: Medusa's output layers have no bias."""
+        return None
 
     def output_weight(self, head: int) -> Tensor:
         """Output layer [V, E] of one head."""
@@ -145,3 +185,9 @@ class MedusaHeads(nn.Module):
         if row_on_cpu and features_KBE.dtype == torch.float32:
             return torch.bmm(self.output_KVE, features_KBE.transpose(1, 2)).transpose(1, 2)
         return torch.bmm(features_KBE, self.output_KVE.transpose(1, 2))
+
+
+def output_rows(lm_head_weight: Tensor, vocab_size: int, token_map: Tensor | None) -> Tensor:
+    """The backbone's output rows [V, E] of the tokens that heads draft."""
+    weight = lm_head_weight.detach()
+    return weight[:vocab_size] if token_map is None else weight[token_map.to(weight.device)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from medusa_core.heads.base import TrainingBatch
 from medusa_core.training.data import NO_TARGET, Collator, Example, ExampleDataset
 from medusa_core.training.loss import CHUNK_ELEMENTS, Targets, find_targets
 from medusa_core.training.model import HeadTrainer
@@ -29,6 +30,7 @@ def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: 
     """Judge the heads on every target token of the examples; None without examples."""
     if not examples:
         return None
+    model.eval()  # no dropout
     num_heads = model.heads.num_heads
     device = model.backbone.device
     hits_K, loss_K, count_K = torch.zeros(3, num_heads, dtype=torch.float64, device=device)
@@ -38,7 +40,8 @@ def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: 
         rows = [dataset[i] for i in range(start, min(start + batch_size, len(dataset)))]
         batch = {name: tensor.to(device) for name, tensor in collate(rows).items()}
         targets = find_targets(batch["labels"], num_heads, NO_TARGET)
-        batch_hits_K, batch_loss_K = _judge(model, model.hidden(batch["input_ids"]).flatten(0, 1), targets)
+        seen = TrainingBatch(model.hidden(batch["input_ids"]), batch["input_ids"])
+        batch_hits_K, batch_loss_K = _judge(model, seen, targets)
         hits_K += batch_hits_K
         loss_K += batch_loss_K
         count_K += targets.weight_KN.sum(-1)
@@ -50,21 +53,21 @@ def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: 
     )
 
 
-def _judge(model: HeadTrainer, hidden_NE: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+def _judge(model: HeadTrainer, batch: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor]:
     """Hits and summed cross-entropy of each head [K] on one batch, chunk by chunk."""
     heads = model.heads
-    teacher = model.teacher(hidden_NE, targets)
-    hits_K, loss_K = torch.zeros(2, heads.num_heads, dtype=torch.float64, device=hidden_NE.device)
+    teacher = model.teacher(batch.hidden_BSE.flatten(0, 1), targets)
+    features_KNE = heads.features(batch, targets.source_KN)
+    hits_K, loss_K = torch.zeros(2, heads.num_heads, dtype=torch.float64, device=features_KNE.device)
     size = max(1, CHUNK_ELEMENTS // heads.vocab_size)
     for start in range(0, targets.token_N.numel(), size):
         chunk = slice(start, start + size)
         probabilities_CV = teacher.probabilities(chunk)
         greedy_C = probabilities_CV.argmax(-1)
-        features_KCE = heads.features(hidden_NE[targets.source_KN[:, chunk]])
         for head in range(heads.num_heads):
             weight_C = targets.weight_KN[head, chunk]
-            output_VE = heads.output_weight(head).to(features_KCE.dtype)
-            log_q_CV = torch.log_softmax(features_KCE[head] @ output_VE.T, -1, dtype=torch.float32)
+            logits_CV = model.head_logits(head, features_KNE[head, chunk])
+            log_q_CV = torch.log_softmax(logits_CV, -1, dtype=torch.float32)
             hits_K[head] += ((log_q_CV.argmax(-1) == greedy_C) * weight_C).sum()
             loss_K[head] -= (torch.linalg.vecdot(log_q_CV, probabilities_CV) * weight_C).sum()
     return hits_K, loss_K

@@ -73,14 +73,18 @@ def head_losses(
     output: Tensor,
     targets: Tensor | TeacherTargets,
     weight_KN: Tensor,
+    bias_KV: Tensor | None = None,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """Weighted sum over N of each head's cross-entropy in nats: float32 [K], differentiable.
 
     `features_KNE` are multiplied, in their dtype, by the output layers `output` [K, V, E] or the shared [V,
-    E]. `targets`: token ids [N] (below V, else the target is not counted) or a teacher.
+    E], whose biases `bias_KV` are. `targets`: token ids [N] (below V, else the target is not counted) or a
+    teacher.
     """
-    losses: Tensor = _ChunkedCrossEntropy.apply(features_KNE, output, targets, weight_KN, chunk_elements)
+    losses: Tensor = _ChunkedCrossEntropy.apply(
+        features_KNE, output, bias_KV, targets, weight_KN, chunk_elements
+    )
     return losses
 
 
@@ -92,6 +96,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any,
         features_KNE: Tensor,
         output: Tensor,
+        bias_KV: Tensor | None,
         targets: Tensor | TeacherTargets,
         weight_KN: Tensor,
         chunk_elements: int,
@@ -102,32 +107,39 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         features_grad = torch.zeros_like(features_KNE)
         # Float32, so that the sum over chunks does not lose what a bfloat16 product keeps.
         output_grad = torch.zeros(weights.shape, device=output.device) if ctx.needs_input_grad[1] else None
+        bias_grad = None if bias_KV is None else torch.zeros(bias_KV.shape, device=output.device)
         size = max(1, chunk_elements // output.shape[-2])
         for start in range(0, num_targets, size):
             chunk = slice(start, start + size)
             wanted = _Wanted.of(targets, chunk, output.shape[-2])
             for head in range(num_heads):
                 features_CE = features_KNE[head, chunk]
-                loss, logits_grad_CV = wanted.loss(features_CE @ weights[head].T, weight_KN[head, chunk])
+                logits_CV = features_CE @ weights[head].T
+                if bias_KV is not None:
+                    logits_CV += bias_KV[head].to(logits_CV.dtype)
+                loss, logits_grad_CV = wanted.loss(logits_CV, weight_KN[head, chunk])
                 losses_K[head] += loss
+                if bias_grad is not None:
+                    bias_grad[head] += logits_grad_CV.sum(0)
                 logits_grad_CV = logits_grad_CV.to(features_CE.dtype)
                 features_grad[head, chunk] = logits_grad_CV @ weights[head]
                 if output_grad is not None:
                     output_grad[head] += logits_grad_CV.T @ features_CE
-        ctx.save_for_backward(features_grad, output_grad)
+        ctx.save_for_backward(features_grad, output_grad, bias_grad)
         ctx.is_shared = output.ndim == 2
         return losses_K
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, losses_grad_K: Tensor) -> tuple[Tensor | None, ...]:
-        features_grad, output_grad = ctx.saved_tensors
+        features_grad, output_grad, bias_grad = ctx.saved_tensors
         scale_K11 = losses_grad_K[:, None, None]
         features_grad = features_grad * scale_K11.to(features_grad.dtype)
         if output_grad is not None:
             output_grad = output_grad * scale_K11
             output_grad = output_grad.sum(0) if ctx.is_shared else output_grad
-        return features_grad, output_grad, None, None, None
+        bias_grad = None if bias_grad is None else bias_grad * losses_grad_K[:, None]
+        return features_grad, output_grad, bias_grad, None, None, None
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,11 @@ hidden.
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medusa_core.backbone import Backbone
 from medusa_core.errors import ConfigError
-from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.base import TrainableHeads, TrainingBatch
 from medusa_core.training.config import LossKind
 from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import Targets, TeacherTargets, find_targets, head_losses
@@ -22,7 +23,7 @@ class HeadTrainer(nn.Module):
         True  # transformers then passes `num_items_in_batch`, targets over accumulated batches
     )
 
-    def __init__(self, backbone: Backbone, heads: MedusaHeads, *, loss: LossKind, decay: float) -> None:
+    def __init__(self, backbone: Backbone, heads: TrainableHeads, *, loss: LossKind, decay: float) -> None:
         super().__init__()
         if not backbone.splits:
             name = type(backbone.model).__name__
@@ -41,10 +42,13 @@ class HeadTrainer(nn.Module):
     ) -> dict[str, Tensor]:
         """`loss`: sum over heads of decay**k times the mean cross-entropy; `head_losses` [K]: those means."""
         targets = find_targets(labels, self.heads.num_heads, NO_TARGET)
-        hidden_NE = self.hidden(input_ids).flatten(0, 1)
-        features_KNE = self.heads.features(hidden_NE[targets.source_KN])
-        wanted = self.teacher(hidden_NE, targets) if self._loss_kind == LossKind.TEACHER else targets.token_N
-        losses_K = head_losses(features_KNE, self._output(), wanted, targets.weight_KN)
+        hidden_BSE = self.hidden(input_ids)
+        features_KNE = self.heads.features(TrainingBatch(hidden_BSE, input_ids), targets.source_KN)
+        is_taught = self._loss_kind == LossKind.TEACHER
+        wanted = self.teacher(hidden_BSE.flatten(0, 1), targets) if is_taught else targets.token_N
+        losses_K = head_losses(
+            features_KNE, self.heads.output, wanted, targets.weight_KN, self.heads.output_bias
+        )
         count = targets.token_N.numel() if num_items_in_batch is None else num_items_in_batch
         losses_K = losses_K / torch.as_tensor(count, device=losses_K.device).clamp(min=1)
         return {"loss": (losses_K * self.decay_K).sum(), "head_losses": losses_K.detach()}
@@ -62,6 +66,8 @@ class HeadTrainer(nn.Module):
         rows = self.backbone.lm_head_weight[: self.heads.vocab_size]
         return TeacherTargets(hidden_NE[targets.teacher_N], rows)
 
-    def _output(self) -> Tensor:
-        """Output layers [K, V, E], or the shared one [V, E]."""
-        return self.heads.output_weight(0) if self.heads.output_KVE is None else self.heads.output_KVE
+    def head_logits(self, head: int, features_NE: Tensor) -> Tensor:
+        """Logits [N, V] of one head."""
+        output, bias = self.heads.output, self.heads.output_bias
+        weight = (output if output.ndim == 2 else output[head]).to(features_NE.dtype)
+        return functional.linear(features_NE, weight, None if bias is None else bias[head].to(weight.dtype))

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -13,12 +15,15 @@ from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.config import EngineConfig
 from medusa_core.decoding.step import prefill_chunk
 from medusa_core.engine import Engine
-from medusa_core.heads.base import DraftHeads
+from medusa_core.heads.base import DraftHeads, TrainingBatch
+from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.prefix import PrefixLayer, prefix_config
 from medusa_core.request import FinishReason, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 NUM_HEADS = 4
+AnyHeads = TypeVar("AnyHeads", MedusaHeads, HydraHeads)
 BuildEngine = Callable[..., Engine]
 
 
@@ -70,44 +75,95 @@ def new_heads(backbone: Backbone, num_heads: int = NUM_HEADS) -> MedusaHeads:
     )
 
 
-@pytest.fixture(scope="session")
-def random_heads(tiny_backbone: Backbone) -> MedusaHeads:
-    heads = new_heads(tiny_backbone)
+def new_hydra_heads(backbone: Backbone, num_layers: int, *, with_prefix: bool) -> HydraHeads:
+    torch.manual_seed(5)  # the prefix layer starts from torch's own generator
+    shape = HydraShape(
+        num_heads=NUM_HEADS,
+        num_layers=num_layers,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+    )
+    prefix = PrefixLayer.new(prefix_config(backbone.config)) if with_prefix else None
+    return HydraHeads.new(shape, lm_head_weight=backbone.lm_head_weight, embed=backbone.embed, prefix=prefix)
+
+
+def heads_of_kind(kind: str, backbone: Backbone) -> MedusaHeads | HydraHeads:
+    if kind == "medusa":
+        return new_heads(backbone)
+    return new_hydra_heads(backbone, num_layers=1 if kind == "hydra" else 2, with_prefix=kind == "hydra++")
+
+
+@torch.no_grad()
+def randomise(heads: AnyHeads) -> AnyHeads:
     generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in heads.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    return heads
+    for parameter in heads.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return heads.requires_grad_(False)
 
 
-@pytest.fixture(scope="session")
-def trained_heads(
-    tiny_backbone: Backbone, tiny_chat: ChatTokenizer, tiny_prompts: list[list[int]]
-) -> MedusaHeads:
-    """Heads fitted to the model's own greedy answers, so that long runs are accepted."""
-    config = EngineConfig(dtype="float32", measure=False)
-    engine = Engine.from_parts(tiny_backbone.model, tiny_chat, None, config)
-    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    rows, targets = [], []
+def fit_heads(
+    heads: AnyHeads, backbone: Backbone, answers: list[tuple[list[int], int]], *, steps: int, lr: float
+) -> AnyHeads:
+    """Fit heads to answers (all token ids and where the answer starts) until they know them by heart."""
+    width = max(len(ids) for ids, _ in answers)
+    tokens = torch.zeros(len(answers), width, dtype=torch.long)
+    hidden = torch.zeros(len(answers), width, backbone.hidden_size)
+    places: list[int] = []
     with torch.inference_mode():
-        for prompt in tiny_prompts[:80]:
-            ids = [*prompt, *decode(engine, prompt, params).token_ids]
-            slot = tiny_backbone.new_cache(1, len(ids)).slots[0]
-            hidden = prefill_chunk(tiny_backbone, slot, ids).hidden_BTE[0]
-            for position in range(len(prompt) - 1, len(ids) - NUM_HEADS - 1):
-                rows.append(hidden[position])
-                targets.append(ids[position + 2 : position + 2 + NUM_HEADS])
-    heads = new_heads(tiny_backbone)
-    inputs = torch.stack(rows).clone().expand(NUM_HEADS, -1, -1)
-    wanted_KN = torch.tensor(targets).T
-    optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
-    for _ in range(120):
-        logits_KNV = heads._project(heads.features(inputs))
+        for row, (ids, start) in enumerate(answers):
+            tokens[row, : len(ids)] = torch.tensor(ids)
+            slot = backbone.new_cache(1, len(ids)).slots[0]
+            hidden[row, : len(ids)] = prefill_chunk(backbone, slot, ids).hidden_BTE[0]
+            places += [row * width + place for place in range(start - 1, len(ids) - NUM_HEADS - 1)]
+    batch = TrainingBatch(hidden, tokens)
+    source_KN = torch.tensor(places).expand(NUM_HEADS, -1)
+    wanted_KN = tokens.flatten()[source_KN + 2 + torch.arange(NUM_HEADS)[:, None]]
+    optimizer = torch.optim.Adam(heads.parameters(), lr=lr)
+    for _ in range(steps):
+        logits_KNV = torch.bmm(heads.features(batch, source_KN), heads.output.mT)
         loss = torch.nn.functional.cross_entropy(logits_KNV.flatten(0, 1), wanted_KN.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     return heads.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def random_heads(tiny_backbone: Backbone) -> MedusaHeads:
+    return randomise(new_heads(tiny_backbone))
+
+
+@pytest.fixture(scope="session")
+def tiny_answers(
+    tiny_backbone: Backbone, tiny_chat: ChatTokenizer, tiny_prompts: list[list[int]]
+) -> list[tuple[list[int], int]]:
+    """The model's own greedy answers: all token ids, and how many of them are the prompt."""
+    config = EngineConfig(dtype="float32", measure=False)
+    engine = Engine.from_parts(tiny_backbone.model, tiny_chat, None, config)
+    params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+    prompts = tiny_prompts[:80]
+    return [([*prompt, *decode(engine, prompt, params).token_ids], len(prompt)) for prompt in prompts]
+
+
+@pytest.fixture(scope="session")
+def heads_that_know(
+    tiny_backbone: Backbone, tiny_answers: list[tuple[list[int], int]]
+) -> Callable[[str], MedusaHeads | HydraHeads]:
+    """Heads of a kind fitted to the model's own answers, so that long runs are accepted."""
+
+    @cache
+    def fit(kind: str) -> MedusaHeads | HydraHeads:
+        steps, lr = (120, 0.02) if kind == "medusa" else (60, 0.01)
+        return fit_heads(heads_of_kind(kind, tiny_backbone), tiny_backbone, tiny_answers, steps=steps, lr=lr)
+
+    return fit
+
+
+@pytest.fixture(scope="session")
+def trained_heads(heads_that_know: Callable[[str], MedusaHeads | HydraHeads]) -> MedusaHeads:
+    heads = heads_that_know("medusa")
+    assert isinstance(heads, MedusaHeads)
+    return heads
 
 
 @pytest.fixture

@@ -17,11 +17,10 @@ from medusa_core.config import EngineConfig
 from medusa_core.decoding.step import additive_mask, prefill_chunk
 from medusa_core.engine import Engine
 from medusa_core.errors import CheckpointError, ConfigError
-from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.tree import grow_tree
-from tests.core.conftest import decode, new_heads, speculate
+from tests.core.conftest import decode, fit_heads, new_heads, speculate
 
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
@@ -102,25 +101,6 @@ def named_model(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
     return request.param, build_model(request.param)
 
 
-def memorising_heads(backbone: Backbone, ids: list[int], start: int) -> MedusaHeads:
-    """Heads fitted to one answer, so that speculation does get whole paths accepted on it."""
-    heads = new_heads(backbone)
-    with torch.inference_mode():
-        slot = backbone.new_cache(1, len(ids)).slots[0]
-        hidden = prefill_chunk(backbone, slot, ids).hidden_BTE[0].clone()
-    places = range(start - 1, len(ids) - 5)
-    inputs = hidden[list(places)].clone().expand(4, -1, -1)
-    wanted = torch.tensor([ids[p + 2 : p + 6] for p in places]).T
-    optimizer = torch.optim.Adam(heads.parameters(), lr=0.03)
-    for _ in range(60):
-        logits = torch.bmm(heads.features(inputs), torch.stack([heads.output_weight(k) for k in range(4)]).mT)
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return heads.requires_grad_(False)
-
-
 def test_speculation_equals_baseline_and_transformers(
     named_model: tuple[str, PreTrainedModel], tiny_chat: ChatTokenizer
 ) -> None:
@@ -135,7 +115,7 @@ def test_speculation_equals_baseline_and_transformers(
         eos_token_id=None,
     )[0].tolist()
     backbone = Backbone(model)
-    heads = memorising_heads(backbone, reference, len(prompt))
+    heads = fit_heads(new_heads(backbone), backbone, [(reference, len(prompt))], steps=60, lr=0.03)
     config = EngineConfig(dtype="float32", measure=False, tree_nodes=16, prefill_chunk=7)
     engine = Engine.from_parts(model, tiny_chat, heads, config)
     for tree in ("off", "dynamic", "static", "mc_sim_7b_63"):

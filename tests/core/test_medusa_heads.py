@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medusa_core.heads.base import TrainingBatch
 from medusa_core.heads.medusa import MedusaHeads
 
 HEADS, HIDDEN, VOCAB = 3, 8, 11
@@ -59,10 +60,17 @@ def test_bfloat16_drafts_are_those_of_float32_rounded(rows: int) -> None:
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.3)
 
 
+def features(heads: MedusaHeads, rows_KNE: Tensor) -> Tensor:
+    """With rows of its own for every head."""
+    heads_by_rows = rows_KNE.shape[:2]
+    batch = TrainingBatch(rows_KNE, torch.zeros(heads_by_rows, dtype=torch.long))
+    return heads.features(batch, torch.arange(rows_KNE[..., 0].numel()).view(heads_by_rows))
+
+
 def test_features_of_own_rows_equal_the_reference() -> None:
     heads = random_heads(2, shared=False)
     rows_KNE = torch.randn(HEADS, 5, HIDDEN, generator=torch.Generator().manual_seed(1))
-    features_KNE = heads.features(rows_KNE)
+    features_KNE = features(heads, rows_KNE)
     for head in range(HEADS):
         logits = features_KNE[head] @ heads.output_weight(head).T
         torch.testing.assert_close(
@@ -92,10 +100,10 @@ def test_layers_and_heads_are_distinct() -> None:
     storages = {parameter.data_ptr() for parameter in heads.parameters()}
     assert len(storages) == 3 + 3 + 1
     rows_KNE = torch.randn(HEADS, 5, HIDDEN)
-    before = heads.features(rows_KNE).detach()
+    before = features(heads, rows_KNE).detach()
     with torch.no_grad():
         heads.block_weights[1][0].add_(1.0)
-    after = heads.features(rows_KNE).detach()
+    after = features(heads, rows_KNE).detach()
     assert not torch.equal(before[0], after[0])
     assert torch.equal(before[1:], after[1:])
 
@@ -108,7 +116,7 @@ def test_new_blocks_receive_gradients() -> None:
         num_layers=2,
         lm_head_weight=torch.randn(VOCAB, HIDDEN),
     )
-    heads.features(torch.randn(HEADS, 5, HIDDEN)).square().sum().backward()
+    features(heads, torch.randn(HEADS, 5, HIDDEN)).square().sum().backward()
     for weight in heads.block_weights:
         assert weight.grad is not None
         assert (weight.grad.abs().amax(dim=(1, 2)) > 0).all()
