@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig
 
+from medusa_core.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.accuracy import HeadCalibration, default_calibration, load_calibration
 from medusa_core.backbone import Backbone, load_backbone
-from medusa_core.checkpoints import find_heads, load_heads
+from medusa_core.checkpoints import fetch_beside, find_heads, load_heads
 from medusa_core.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.heads.base import DraftHeads
@@ -36,7 +37,10 @@ class EngineParts:
 
 
 def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig) -> EngineParts:
-    """Load all parts. `heads` None looks beside the model, "none" means no heads."""
+    """Load all parts. `heads`: a directory, a file, a Hub name, or the name of a folder beside the model.
+
+    None takes the best set beside the model, "none" means no heads.
+    """
     device = resolve_device(config.device)
     chat = load_chat_tokenizer(model, config.chat_template)
     dtype = resolve_dtype(config.dtype, device, model)
@@ -50,10 +54,12 @@ def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig
         vocab_size=backbone.vocab_size,
         # All rows, padding included: published heads are often padded like their backbone.
         lm_head_weight=backbone.model.get_output_embeddings().weight,
+        embed=backbone.embed,
+        backbone_config=backbone.config,
         dtype=dtype,
         device=device,
     )
-    calibration = _calibration_beside(Path(source))
+    calibration = _calibration_beside(source)
     if calibration is not None and calibration.num_heads != loaded.num_heads:
         raise CheckpointError(
             f"{source}: calibration.json is for {calibration.num_heads} heads, the file holds "
@@ -137,15 +143,19 @@ def _stored_dtype(model: str | Path) -> torch.dtype | None:
     return dtype if isinstance(dtype, torch.dtype) else None
 
 
-def _calibration_beside(heads: Path) -> HeadCalibration | None:
-    """Of local heads only: in their directory, or in that of a single weight file."""
-    if not heads.exists():
-        return None
-    return load_calibration(heads if heads.is_dir() else heads.parent)
+def _calibration_beside(heads: str | Path) -> HeadCalibration | None:
+    """In the heads' directory, in that of a single weight file, or in their Hub repository."""
+    path = fetch_beside(heads, CALIBRATION_FILE)
+    return None if path is None else load_calibration(path.parent)
 
 
 def _heads_source(model: str | Path, heads: str | Path | None) -> str | Path | None:
-    if heads is not None:
-        return None if str(heads) == NO_HEADS else heads
-    directory = Path(model)
-    return find_heads(directory) if directory.is_dir() else None
+    """Where to load heads from: as named, or the folder of that name beside a local model."""
+    directory = Path(model).expanduser()
+    if heads is None:
+        return find_heads(directory) if directory.is_dir() else None
+    if str(heads) == NO_HEADS:
+        return None
+    beside = directory / str(heads)
+    is_name = len(Path(heads).parts) == 1 and not Path(heads).exists()
+    return beside if is_name and beside.is_dir() else heads

@@ -1,16 +1,30 @@
-"""Draft heads on disk: every published Medusa layout read, one written.
+"""Draft heads on disk: every published layout read, one a kind written, others exported.
 
     A  medusa_lm_head.{safetensors,pt} with an output layer per head      (FasterDecoding v0.1; what we write)
     B  the same file without output layers: the heads share the backbone's  ("version 2")
-    C  `medusa_head.*` keys among the weights of a whole model             (Medusa-1.0)
+    C  `medusa_head.*` keys among the weights of a whole model             (Medusa-1.0; we write it too)
+    D  `blocks.*`, `lm_heads.*`, `token_map` in model.safetensors          (vLLM, speculators)
+    E  `medusa_heads.*`, alone or among a model's weights, fp8 or not      (ModelOpt, TensorRT-LLM)
+    F  hydra_lm_head.{safetensors,pt}: Hydra and Hydra++ heads             (what we write for them)
 
 Heads and layers are counted from the keys; config.json is advisory, since the published ones are wrong.
-Nothing is ever unpickled but tensors, and every problem is a `CheckpointError` that names the keys or
-numbers.
+Nothing is ever unpickled but tensors, and every problem is a `CheckpointError` that names the file and the
+keys or numbers.
 """
 
 from medusa_core.checkpoints.formats import HEAD_PREFIX
-from medusa_core.checkpoints.reading import find_heads, head_keys, load_heads
+from medusa_core.checkpoints.full_model import save_full_model
+from medusa_core.checkpoints.head_files import SETS, fetch_beside, find_heads, head_keys
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.checkpoints.writing import save_heads
 
-__all__ = ["HEAD_PREFIX", "find_heads", "head_keys", "load_heads", "save_heads"]
+__all__ = [
+    "HEAD_PREFIX",
+    "SETS",
+    "fetch_beside",
+    "find_heads",
+    "head_keys",
+    "load_heads",
+    "save_full_model",
+    "save_heads",
+]

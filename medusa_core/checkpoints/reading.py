@@ -1,27 +1,31 @@
-"""Head files into `MedusaHeads`: find them, check them, stack them."""
+"""Head files into `MedusaHeads` or `HydraHeads`: read, checked against the backbone, stacked."""
 
 import logging
+import math
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from medusa_core.checkpoints.formats import (
-    HEAD_PREFIX,
-    HeadLayout,
-    block_key,
-    check_tensors,
-    output_key,
-    parse_layout,
-    strip_prefix,
+    MODELOPT_PREFIX,
+    is_vllm_key,
+    parse_medusa,
+    refuse_differences,
 )
-from medusa_core.checkpoints.weight_files import Repository, model_keys, read_json, read_tensors
+from medusa_core.checkpoints.head_files import HeadFile, read_heads
+from medusa_core.checkpoints.hydra_format import PREFIX, parse_hydra
+from medusa_core.checkpoints.quantised import dequantise
+from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights, check_shape
 from medusa_core.errors import CheckpointError
+from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.prefix import PrefixLayer, prefix_config
 
-HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")  # in order of preference
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
-HEADS_FOLDER = "medusa-1"
+CLAIMED_HEADS = ("medusa_num_heads", "hydra_num_heads", "num_medusa_heads")
 
 log = logging.getLogger(__name__)
 
@@ -32,114 +36,195 @@ def load_heads(
     hidden_size: int,
     vocab_size: int,
     lm_head_weight: Tensor | None = None,
+    embed: Callable[[Tensor], Tensor] | None = None,
+    backbone_config: PreTrainedConfig | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
-) -> MedusaHeads:
-    """Heads of any Medusa layout from a file, a directory or a Hub repository, checked against the backbone.
+) -> MedusaHeads | HydraHeads:
+    """Heads of any layout from a file, a directory or a Hub repository, checked against the backbone.
 
     `vocab_size` is the number of tokens that exist, V. `lm_head_weight` [>= V, E] is the backbone's output
     layer: needed by heads that share it, and its rows beyond V say how far the heads' own may be padded.
-    Rows of padding are dropped; heads with fewer than V rows never draft the tokens beyond. Raises
-    `CheckpointError`.
+    `embed` is the backbone's input embedding, which Hydra heads need, and `backbone_config` its text config,
+    from which the shape of a prefix layer follows. Rows of padding are dropped; heads with fewer than V rows
+    never draft the tokens beyond, those with a token map only its tokens. Raises `CheckpointError`.
     """
-    tensors = _read(path)
-    source = str(path)
-    layout = parse_layout(source, tensors)
-    rows = check_tensors(source, tensors, layout, hidden_size)
-    heads = MedusaHeads(
-        num_heads=layout.num_heads,
-        num_layers=layout.num_layers,
-        hidden_size=hidden_size,
-        vocab_size=_check_vocabulary(source, layout, rows, vocab_size, lm_head_weight),
-        shared_output=None if layout.has_output else lm_head_weight,
-        dtype=dtype,
-        device=device,
-    )
-    _fill(heads, tensors, layout)
+    file = read_heads(path)
+    weights = parse_weights(file, hidden_size)
+    _check_token_ids(file.source, weights.token_map, vocab_size)
+    rows = _check_vocabulary(file.source, weights, vocab_size, lm_head_weight)
+    heads: MedusaHeads | HydraHeads
+    if isinstance(weights, HydraWeights):
+        if embed is None:
+            raise CheckpointError(
+                f"{file.source}: Hydra heads need the backbone's embedding, which was not given"
+            )
+        heads = HydraHeads(
+            HydraShape(
+                num_heads=weights.num_heads,
+                num_layers=weights.num_layers,
+                hidden_size=hidden_size,
+                vocab_size=rows,
+            ),
+            embed=embed,
+            prefix=_prefix_layer(file.source, weights.prefix, backbone_config, dtype, device),
+            shared_output=None if weights.outputs else lm_head_weight,
+            token_map=weights.token_map,
+            dtype=dtype,
+            device=device,
+        )
+        _fill_hydra(heads, weights)
+    else:
+        weights = with_backbone_output(weights, lm_head_weight)
+        heads = MedusaHeads(
+            num_heads=weights.num_heads,
+            num_layers=weights.num_layers,
+            hidden_size=hidden_size,
+            vocab_size=rows,
+            shared_output=None if weights.outputs else lm_head_weight,
+            token_map=weights.token_map,
+            dtype=dtype,
+            device=device,
+        )
+        _fill_medusa(heads, weights)
     return heads.eval().requires_grad_(False)
 
 
-def find_heads(model_dir: Path) -> Path | None:
-    """Where the heads beside a local model are: its `medusa-1` folder, or itself if it holds any."""
-    for folder in (model_dir / HEADS_FOLDER, model_dir):
-        if any((folder / name).is_file() for name in HEAD_FILES):
-            return folder
-    return model_dir if model_dir.is_dir() and head_keys(model_dir) else None
+def parse_weights(file: HeadFile, hidden_size: int | None = None) -> HeadWeights:
+    """The tensors of any layout in their places. `hidden_size` None: whatever the file has."""
+    weights: HeadWeights
+    if file.is_hydra:
+        weights = parse_hydra(file.source, file.tensors, file.config, hidden_size)
+    else:
+        tensors = file.tensors
+        if any(key.startswith(MODELOPT_PREFIX) for key in tensors):
+            tensors = dequantise(file.source, tensors)
+        weights = parse_medusa(file.source, tensors, hidden_size)
+        if any(is_vllm_key(key) for key in tensors):
+            weights = _scaled(weights, _logit_scale(file))
+    _compare_with_config(file, weights.num_heads)
+    return weights
 
 
-def head_keys(model_dir: str | Path) -> list[str]:
-    """The `medusa_head.*` keys among a model's weights (format C), which its backbone must ignore."""
-    return [key for key in model_keys(Repository.at(model_dir)) if key.startswith(HEAD_PREFIX)]
+def with_backbone_output(weights: MedusaWeights, lm_head_weight: Tensor | None) -> MedusaWeights:
+    """One output layer for all heads (layout D) becomes the backbone's, where it is that, else one a head."""
+    if len(weights.outputs) != 1 or weights.num_heads == 1:
+        return weights
+    if lm_head_weight is not None and _equals_rows(weights.outputs[0], lm_head_weight, weights.token_map):
+        return replace(weights, outputs=())
+    return replace(weights, outputs=weights.outputs * weights.num_heads)
 
 
-def _read(path: str | Path) -> dict[str, Tensor]:
-    """All head tensors at `path`, keyed as in format A."""
-    file = Path(path).expanduser()
-    if file.is_file() and file.suffix in WEIGHT_SUFFIXES:
-        return strip_prefix(read_tensors(file, lambda key: True))
-    repository = Repository.at(path)
-    for name in HEAD_FILES:
-        found = repository.fetch(name)
-        if found is not None:
-            tensors = strip_prefix(read_tensors(found, lambda key: True))
-            _compare_with_config(repository, tensors)
-            return tensors
-    return _read_full_model(repository)
+def _equals_rows(output: Tensor, lm_head_weight: Tensor, token_map: Tensor | None) -> bool:
+    rows = torch.arange(len(output)) if token_map is None else token_map
+    if int(rows.max()) >= len(lm_head_weight):
+        return False
+    theirs = lm_head_weight[rows.to(lm_head_weight.device)].cpu()
+    return torch.equal(output.to(theirs.dtype), theirs)
 
 
-def _read_full_model(repository: Repository) -> dict[str, Tensor]:
-    """Format C: only the shards that hold heads are read (or downloaded)."""
-    files = {file for key, file in model_keys(repository).items() if key.startswith(HEAD_PREFIX)}
-    if not files:
+def _scaled(weights: MedusaWeights, scale: float) -> MedusaWeights:
+    """The scale of layout D's logits as part of the output layers."""
+    if scale == 1.0:
+        return weights
+    return replace(weights, outputs=tuple((o.float() * scale).to(o.dtype) for o in weights.outputs))
+
+
+def _logit_scale(file: HeadFile) -> float:
+    scale = file.config.get("logit_scale", 1.0)
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < math.inf:
         raise CheckpointError(
-            f"no heads at {repository.name}: neither {' nor '.join(HEAD_FILES)}, "
-            f"nor {HEAD_PREFIX}* among model weights"
+            f"{file.source}: logit_scale in config.json is {scale!r}, not a positive number"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(files):
-        shard = repository.fetch(name)
-        if shard is None:
-            raise CheckpointError(f"{repository.name} lacks {name}, which its index names")
-        tensors |= read_tensors(shard, lambda key: key.startswith(HEAD_PREFIX))
-    return strip_prefix(tensors)
+    return float(scale)
 
 
-def _compare_with_config(repository: Repository, tensors: dict[str, Tensor]) -> None:
+def _compare_with_config(file: HeadFile, held: int) -> None:
     """Say so where config.json is wrong: published ones claim 2 heads for files that hold 5."""
-    path = repository.fetch("config.json")
-    if path is None:
-        return
-    claimed = read_json(path).get("medusa_num_heads")
-    held = len({key.split(".")[0] for key in tensors})
-    if claimed is not None and claimed != held:
-        log.info("%s: config.json says %s heads, the file holds %d", repository.name, claimed, held)
+    claims = CLAIMED_HEADS + (("num_heads",) if any(map(is_vllm_key, file.tensors)) else ())
+    for name in claims:
+        claimed = file.config.get(name)
+        if claimed is not None and claimed != held:
+            log.info("%s: config.json says %s heads, the file holds %d", file.source, claimed, held)
+
+
+def _check_token_ids(source: str, token_map: Tensor | None, vocab_size: int) -> None:
+    if token_map is not None and int(token_map.max()) >= vocab_size:
+        raise CheckpointError(
+            f"{source}: token_map names token {int(token_map.max())}, the backbone has {vocab_size} tokens"
+        )
 
 
 def _check_vocabulary(
-    source: str, layout: HeadLayout, rows: int, vocab_size: int, lm_head_weight: Tensor | None
+    source: str, weights: HeadWeights, vocab_size: int, lm_head_weight: Tensor | None
 ) -> int:
     """Output rows the heads get."""
-    if not layout.has_output:
-        if lm_head_weight is None:
-            raise CheckpointError(
-                f"{source}: these heads share the backbone's output layer, which was not given"
-            )
-        return min(vocab_size, len(lm_head_weight))
+    if not weights.outputs and lm_head_weight is None:
+        raise CheckpointError(f"{source}: these heads share the backbone's output layer, which was not given")
+    if weights.token_map is not None:
+        return len(weights.token_map)
     limit = vocab_size if lm_head_weight is None else max(vocab_size, len(lm_head_weight))
-    if not 0 < rows <= limit:
+    rows = weights.rows
+    if rows is None:
+        return min(vocab_size, limit if lm_head_weight is None else len(lm_head_weight))
+    if rows > limit:
         raise CheckpointError(f"{source}: heads have a vocabulary of {rows}, the backbone's is {limit}")
     if rows < vocab_size:
         log.warning("%s: heads know only the first %d of %d tokens", source, rows, vocab_size)
     return min(rows, vocab_size)
 
 
+def _prefix_layer(
+    source: str,
+    tensors: dict[str, Tensor] | None,
+    backbone_config: PreTrainedConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> PrefixLayer | None:
+    """Hydra++'s layer, of the backbone's shape, with the file's weights in it."""
+    if tensors is None:
+        return None
+    if backbone_config is None:
+        raise CheckpointError(f"{source}: a prefix layer needs the backbone's config, which was not given")
+    layer = PrefixLayer(prefix_config(backbone_config), dtype=dtype, device=device)
+    expected = layer.model.state_dict()
+    refuse_differences(
+        f"{source}: the prefix layer is not one of this backbone's kind",
+        {PREFIX + key for key in expected},
+        [PREFIX + key for key in tensors],
+    )
+    with torch.no_grad():
+        for key, parameter in expected.items():
+            check_shape(source, PREFIX + key, tensors[key], tuple(parameter.shape))
+            parameter.copy_(tensors[key])
+    return layer
+
+
 @torch.no_grad()
-def _fill(heads: MedusaHeads, tensors: dict[str, Tensor], layout: HeadLayout) -> None:
+def _fill_medusa(heads: MedusaHeads, weights: MedusaWeights) -> None:
     """Copy the file's tensors into the stacked parameters, converting dtype and device."""
-    for head in range(layout.num_heads):
-        for layer in range(layout.num_layers):
-            heads.block_weights[layer][head].copy_(tensors[block_key(head, layer, "weight")])
-            heads.block_biases[layer][head].copy_(tensors[block_key(head, layer, "bias")])
+    for head, blocks in enumerate(weights.blocks):
+        for layer, block in enumerate(blocks):
+            _fill(heads.block_weights[layer][head], heads.block_biases[layer][head], block)
         if heads.output_KVE is not None:
-            output = tensors[output_key(head, layout.num_layers)]
-            heads.output_KVE[head].copy_(output[: heads.vocab_size])
+            heads.output_KVE[head].copy_(weights.outputs[head][: heads.vocab_size])
+
+
+@torch.no_grad()
+def _fill_hydra(heads: HydraHeads, weights: HydraWeights) -> None:
+    for head, blocks in enumerate(weights.blocks):
+        for index, first in enumerate((weights.linear[head], weights.residual[head])):
+            _fill(heads.first_weights[head][index], heads.first_biases[head][index], first)
+        for layer, block in enumerate(blocks):
+            _fill(heads.block_weights[layer][head], heads.block_biases[layer][head], block)
+        if heads.output_KVE is not None and heads.output_bias_KV is not None:
+            _fill(heads.output_KVE[head], heads.output_bias_KV[head], weights.outputs[head])
+
+
+def _fill(weight: Tensor, bias: Tensor, linear: Linear) -> None:
+    """The first rows of `linear`; without a bias of its own, zeros."""
+    weight.copy_(linear.weight[: len(weight)])
+    if linear.bias is None:
+        bias.zero_()
+    else:
+        bias.copy_(linear.bias[: len(bias)])

@@ -1,0 +1,44 @@
+"""Format C: a whole model's directory whose weights include its heads, as jointly trained ones come."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from medusa_core.checkpoints.formats import HEAD_PREFIX
+from medusa_core.checkpoints.weight_files import read_json
+from medusa_core.checkpoints.writing import medusa_tensors, medusa_weights, write_json
+from medusa_core.heads.medusa import MedusaHeads
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    heads: MedusaHeads,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Path:
+    """Save a tuned backbone and its heads as one model that transformers, our loader and the reference read.
+
+    Heads are `medusa_head.*` keys in the same (sharded) safetensors as the backbone's, in their own dtype;
+    config.json gains `medusa_num_heads` and `medusa_num_layers`. Adapters must have been merged into `model`.
+    `load_parts(directory, None, ...)` then finds model and heads. Heads of other kinds have no such layout:
+    save them beside the model, with `save_heads`. Returns the directory.
+    """
+    folder = Path(directory)
+    head_tensors = {
+        key: tensor.detach().clone()
+        for key, tensor in medusa_tensors(medusa_weights(heads), prefix=HEAD_PREFIX).items()
+    }
+    model.save_pretrained(
+        folder, state_dict=dict(model.state_dict()) | head_tensors, max_shard_size=max_shard_size
+    )
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    config |= {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers}
+    write_json(config_path, config)
+    return folder

@@ -1,0 +1,136 @@
+"""From a name to the tensors of its heads: which files hold any, of which kind, and what config.json adds."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from medusa_core.checkpoints.formats import (
+    HEAD_PREFIX,
+    MODELOPT_PREFIX,
+    is_vllm_key,
+    without_optional_prefix,
+)
+from medusa_core.checkpoints.hydra_format import is_hydra
+from medusa_core.checkpoints.weight_files import Repository, model_keys, read_json, read_tensors
+from medusa_core.errors import CheckpointError
+
+HYDRA_FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt")  # in order of preference
+MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
+SETS = ("heads", "hydra++", "hydra", "medusa-1")  # folders beside a model, the first one is its default
+MODEL_PREFIXES = (HEAD_PREFIX, MODELOPT_PREFIX)  # of heads among a whole model's weights
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadFile:
+    """The tensors of one set of heads as stored; `source` names them in errors. `config`: {} without one."""
+
+    source: str
+    tensors: dict[str, Tensor]
+    config: dict[str, Any]
+
+    @property
+    def is_hydra(self) -> bool:
+        return is_hydra(self.tensors)
+
+
+def find_heads(model_dir: Path) -> Path | None:
+    """Where the heads beside a local model are: the first of `SETS` there is, or itself if it holds any."""
+    for folder in (*(model_dir / name for name in SETS), model_dir):
+        if folder.is_dir() and holds_heads(folder):
+            return folder
+    return None
+
+
+def holds_heads(folder: Path) -> bool:
+    """Whether any layout's files or keys are there; they are not judged."""
+    if any((folder / name).is_file() for name in (*HYDRA_FILES, *MEDUSA_FILES)):
+        return True
+    return bool(_heads_among(model_keys(Repository.at(folder))))
+
+
+def head_keys(model_dir: str | Path) -> list[str]:
+    """The keys of heads among a model's weights (formats C and E), which its backbone must ignore."""
+    return [key for key in model_keys(Repository.at(model_dir)) if key.startswith(MODEL_PREFIXES)]
+
+
+def read_heads(path: str | Path) -> HeadFile:
+    """All head tensors of a file, a directory or a Hub repository. Raises `CheckpointError`."""
+    file = Path(path).expanduser()
+    if file.is_file() and file.suffix in WEIGHT_SUFFIXES:
+        tensors = without_optional_prefix(read_tensors(file, lambda key: True))
+        return HeadFile(str(path), tensors, _config(Repository.at(file.parent)))
+    repository = Repository.at(path)
+    config = _config(repository)
+    found = _find_file(repository, config)
+    if found is not None:
+        tensors = without_optional_prefix(read_tensors(found, lambda key: True))
+        return HeadFile(f"{repository.name}/{found.name}", tensors, config)
+    return _read_model(repository, config)
+
+
+def fetch_beside(path: str | Path, filename: str) -> Path | None:
+    """A file that came with the heads at `path`, downloaded from the Hub if they are there."""
+    file = Path(path).expanduser()
+    return Repository.at(file.parent if file.is_file() else path).fetch(filename)
+
+
+def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
+    """The file of heads only. Of two kinds in one place, that which config.json is about."""
+    kinds = [_first(repository, names) for names in (HYDRA_FILES, MEDUSA_FILES)]
+    found = [path for path in kinds if path is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    claims = ("hydra_num_heads" in config, "medusa_num_heads" in config)
+    if claims[0] == claims[1]:
+        raise CheckpointError(
+            f"{repository.name} holds {found[0].name} and {found[1].name}: name the file that is meant"
+        )
+    return found[0] if claims[0] else found[1]
+
+
+def _first(repository: Repository, names: tuple[str, ...]) -> Path | None:
+    for name in names:
+        path = repository.fetch(name)
+        if path is not None:
+            return path
+    return None
+
+
+def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
+    """Heads in a model's files: D alone, C and E among its weights, of which only their shards are read."""
+    places = _heads_among(model_keys(repository))
+    if not places:
+        raise CheckpointError(
+            f"no heads at {repository.name}: neither {' nor '.join((*MEDUSA_FILES, *HYDRA_FILES))}, "
+            f"nor {HEAD_PREFIX}* among model weights"
+        )
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = repository.fetch(name)
+        if shard is None:
+            raise CheckpointError(f"{repository.name} lacks {name}, which its index names")
+        tensors |= read_tensors(shard, lambda key: key in places)
+    missing = places.keys() - tensors.keys()
+    if missing:
+        raise CheckpointError(f"{repository.name} lacks {sorted(missing)[0]}, which its index names")
+    return HeadFile(repository.name, without_optional_prefix(tensors), config)
+
+
+def _heads_among(keys: dict[str, str]) -> dict[str, str]:
+    """Those of a model's keys, with their files, that belong to heads."""
+    if any(is_vllm_key(key) for key in keys):
+        return keys  # such files hold nothing else, and what else they hold must be refused
+    for prefix in MODEL_PREFIXES:
+        mine = {key: file for key, file in keys.items() if key.startswith(prefix)}
+        if mine:
+            return mine
+    return {}
+
+
+def _config(repository: Repository) -> dict[str, Any]:
+    path = repository.fetch(CONFIG_FILE)
+    return {} if path is None else read_json(path)
