@@ -10,6 +10,7 @@ from medusa_core import __version__
 from medusa_core.bench_command import bench
 from medusa_core.calibrate_command import calibrate
 from medusa_core.chat_command import chat
+from medusa_core.distill_command import distill
 from medusa_core.errors import MedusaError
 from medusa_core.generate_command import generate
 from medusa_core.training.command import train
@@ -43,6 +44,7 @@ def _configure(
 app.command(rich_help_panel="Use a model")(chat)
 app.command(rich_help_panel="Use a model")(generate)
 app.command(rich_help_panel="Make it faster")(bench)
+app.command(rich_help_panel="Make it faster")(distill)
 app.command(rich_help_panel="Make it faster")(train)
 app.command(rich_help_panel="Make it faster")(calibrate)
 

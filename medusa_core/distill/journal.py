@@ -1,0 +1,144 @@
+"""What a run has finished, on disk: rows and drops, and the settings they were made with.
+
+Three files: OUT with a dialogue a line (`messages` for `medusa train`, and `seed_row`), OUT.dropped.jsonl
+with the seed rows that gave none, OUT.settings.json. The first two only grow, a line at a time and each seed
+row in one of them, so whatever kills a run costs it no more than the dialogues in progress.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+from medusa_core.errors import ConfigError, DataError
+
+Record = Mapping[str, Any]
+
+
+class Journal:
+    """Opens or resumes `out`; a context manager. One process at a time may hold it.
+
+    Raises `ConfigError` if `out` was begun with another `record` or is no such file, `DataError` if it is
+    damaged, cannot be written or another run holds it.
+    """
+
+    def __init__(self, out: Path, record: Record) -> None:
+        self.done: set[int] = set()  # seed rows that need no more work
+        self._settings = out.with_name(f"{out.name}.settings.json")
+        self._rows = _open(out)
+        try:
+            _lock(self._rows, out)
+            self._dropped = _open(out.with_name(f"{out.name}.dropped.jsonl"))
+            try:
+                self._resume(out, record)
+            except BaseException:
+                self._dropped.close()
+                raise
+        except BaseException:
+            self._rows.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for file in (self._rows, self._dropped):
+            os.fsync(file.fileno())
+            file.close()
+
+    def add(self, row: int, messages: Sequence[Mapping[str, str]]) -> None:
+        """A finished dialogue."""
+        _append(self._rows, {"seed_row": row, "messages": list(messages)})
+        self.done.add(row)
+
+    def drop(self, row: int, reason: str) -> None:
+        """A seed row that gave no dialogue and never will with these settings."""
+        _append(self._dropped, {"seed_row": row, "reason": reason})
+        self.done.add(row)
+
+    def _resume(self, out: Path, record: Record) -> None:
+        if self._settings.exists():
+            _check_settings(self._settings, record)
+        elif os.fstat(self._rows.fileno()).st_size:
+            raise ConfigError(f"{out} is there, but no {self._settings.name} beside it: not a run to resume")
+        else:
+            _write_settings(self._settings, record)
+        for file in (self._rows, self._dropped):
+            _cut_half_line(file)
+            self.done |= _seed_rows(file)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path.open("a+b", buffering=0)  # every line is the system's at once
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _lock(file: BinaryIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise DataError(f"{path} is being written by another run") from error
+
+
+def _append(file: BinaryIO, value: Record) -> None:
+    line = memoryview(json.dumps(value, ensure_ascii=False).encode() + b"\n")
+    while line:
+        try:
+            line = line[file.write(line) :]
+        except OSError as error:
+            raise DataError(f"cannot write {file.name}: {error.strerror}") from error
+
+
+def _cut_half_line(file: BinaryIO) -> None:
+    """A killed run or a full disk can leave the beginning of a line."""
+    size = file.seek(0, os.SEEK_END)
+    keep = size
+    while keep > 0:
+        start = max(0, keep - 65536)
+        file.seek(start)
+        newline = file.read(keep - start).rfind(b"\n")
+        if newline >= 0:
+            keep = start + newline + 1
+            break
+        keep = start
+    if keep < size:
+        file.truncate(keep)
+
+
+def _seed_rows(file: BinaryIO) -> set[int]:
+    rows = set()
+    with Path(file.name).open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                rows.add(int(json.loads(line)["seed_row"]))
+            except (ValueError, TypeError, LookupError) as error:
+                raise DataError(f"{file.name}:{number} is damaged ({error!r}): remove the line") from error
+    return rows
+
+
+def _check_settings(path: Path, record: Record) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} is not the record of a run: {error}") from error
+    if names:
+        changes = ", ".join(f"{name}: {found.get(name)!r} then, {record.get(name)!r} now" for name in names)
+        raise ConfigError(f"{path} records other settings ({changes}): give another --out, or those settings")
+
+
+def _write_settings(path: Path, record: Record) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"cannot write {path}: {error.strerror}") from error
