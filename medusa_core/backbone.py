@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.kv_cache import CacheShape, KVCache, SlotCache
 
-IGNORED_KEYS = ("medusa_head.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
+IGNORED_KEYS = ("medusa_head.", "medusa_heads.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
 # Rotary tables that switch with the length seen: cached keys would not match recomputed ones past this point.
 LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}

@@ -10,6 +10,7 @@ from medusa_core import __version__
 from medusa_core.bench_command import bench
 from medusa_core.calibrate_command import calibrate
 from medusa_core.chat_command import chat
+from medusa_core.convert_command import convert
 from medusa_core.distill_command import distill
 from medusa_core.errors import MedusaError
 from medusa_core.generate_command import generate
@@ -47,6 +48,7 @@ app.command(rich_help_panel="Make it faster")(bench)
 app.command(rich_help_panel="Make it faster")(distill)
 app.command(rich_help_panel="Make it faster")(train)
 app.command(rich_help_panel="Make it faster")(calibrate)
+app.command(rich_help_panel="Make it faster")(convert)
 
 
 def run(commands: typer.Typer) -> None:

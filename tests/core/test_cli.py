@@ -53,7 +53,7 @@ def test_help_names_the_commands_and_imports_no_torch():
     )
     command = [sys.executable, "-c", code, "--help"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-    for name in ("chat", "generate", "bench", "distill", "train", "calibrate"):
+    for name in ("chat", "generate", "bench", "distill", "train", "calibrate", "convert"):
         assert name in result.stdout
 
 
