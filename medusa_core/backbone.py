@@ -184,7 +184,7 @@ def load_backbone(
     if not path.is_dir() and (path.is_absolute() or str(model).startswith(".") or len(path.parts) > 2):
         raise CheckpointError(f"no model directory at {model}")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded, info = _from_pretrained(str(path if path.is_dir() else model), dtype)
         _check_loading(str(model), info)
         return Backbone(loaded.to(device), vocab_size=vocab_size)  # type: ignore[arg-type]
@@ -238,8 +238,8 @@ def _some(keys: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Loading problems become our errors; transformers need not print its table of them as well."""
+def quiet_transformers() -> Iterator[None]:
+    """No tables and bars of its own: problems become our errors."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     bar = transformers_logging.is_progress_bar_enabled()

@@ -62,10 +62,14 @@ class SequentialHeads(DraftHeads, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TrainingBatch:
-    """What heads learn from: hidden states [B, S, E] of token ids [B, S]."""
+    """What heads learn from: hidden states [B, S, E] of token ids [B, S].
+
+    `positions_BS` start over where another dialogue begins in the same row; None: one dialogue a row.
+    """
 
     hidden_BSE: Tensor
     tokens_BS: Tensor
+    positions_BS: Tensor | None = None
 
 
 class TrainableHeads(DraftHeads, Protocol):

@@ -182,7 +182,9 @@ class HydraHeads(nn.Module):
 
     def features(self, batch: TrainingBatch, source_KN: Tensor) -> Tensor:
         """What the output layers see [K, N, E] with the data's own tokens as path (teacher forcing)."""
-        hidden = batch.hidden_BSE if self.prefix is None else self.prefix(batch.hidden_BSE)
+        hidden = batch.hidden_BSE
+        if self.prefix is not None:
+            hidden = self.prefix(hidden, batch.positions_BS)
         hidden_NE, tokens_N = hidden.flatten(0, 1), batch.tokens_BS.flatten()
         firsts = []
         for head, source_N in enumerate(source_KN):

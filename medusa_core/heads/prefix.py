@@ -48,9 +48,12 @@ class PrefixLayer(nn.Module):
         config = self.config
         return CacheShape(1, int(config.num_key_value_heads or 1), int(config.head_dim or 1))
 
-    def forward(self, hidden_BSE: Tensor) -> Tensor:
-        """Whole, right-padded sequences [B, S, E]; differentiable. Computed in the dtype of the input."""
-        arguments = {"inputs_embeds": hidden_BSE, "use_cache": False}
+    def forward(self, hidden_BSE: Tensor, positions_BS: Tensor | None = None) -> Tensor:
+        """Whole, right-padded sequences [B, S, E]; differentiable. Computed in the dtype of the input.
+
+        Where `positions_BS` start over, what follows does not see what stands before.
+        """
+        arguments = {"inputs_embeds": hidden_BSE, "position_ids": positions_BS, "use_cache": False}
         parameters = {name: p.to(hidden_BSE.dtype) for name, p in self.model.named_parameters()}
         output: Tensor = functional_call(self.model, parameters, kwargs=arguments).last_hidden_state
         return output

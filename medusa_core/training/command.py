@@ -1,154 +1,31 @@
-"""`medusa train`: an option for every field of `TrainConfig`, a table of the finished heads at the end."""
+"""`medusa train`: one run from a YAML file or flags, a table of the finished heads at the end."""
 
 import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
 from medusa_core.errors import ConfigError
-from medusa_core.training.config import LossKind, TrainConfig
+from medusa_core.training.options import options_signature
+from medusa_core.training.recipes import resolve_config
 
 if TYPE_CHECKING:
-    from medusa_core.training.trainer import TrainReport
+    from medusa_core.training.report import TrainReport
 
-DATA_PANEL = "Data"
-HEADS_PANEL = "Heads"
-OPTIMISER_PANEL = "Optimiser"
-RUN_PANEL = "Run"
-
-# The defaults' only home is TrainConfig; a dataclass with slots does not show them on the class.
-DEFAULTS = TrainConfig(model="-", data=(Path("-"),), out=Path("-"))
+FileOption = Annotated[
+    Path | None,
+    typer.Option("--config", help="YAML file of these settings (words joined by _); flags win over it."),
+]
 
 
-def train(
-    model: Annotated[str, typer.Option(help="Backbone: a directory or Hub name. It stays as it is.")],
-    data: Annotated[
-        list[Path],
-        typer.Option(
-            help="JSONL file (.gz too) of objects with `messages` or ShareGPT's `conversations`; repeatable."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(file_okay=False, help="Directory for heads, report and checkpoints.")],
-    num_heads: Annotated[
-        int, typer.Option(min=1, help="Heads: how many tokens ahead.", rich_help_panel=HEADS_PANEL)
-    ] = DEFAULTS.num_heads,
-    num_layers: Annotated[
-        int, typer.Option(min=1, help="Residual blocks of a head.", rich_help_panel=HEADS_PANEL)
-    ] = DEFAULTS.num_layers,
-    shared_output: Annotated[
-        bool,
-        typer.Option(
-            "--shared-output",
-            help="Heads use the backbone's output layer: a fraction of the size, and less accurate.",
-            rich_help_panel=HEADS_PANEL,
-        ),
-    ] = DEFAULTS.shared_output,
-    loss: Annotated[
-        LossKind,
-        typer.Option(
-            help="teacher: the backbone's own distribution; hard: the data's tokens, as in the Medusa paper.",
-            rich_help_panel=HEADS_PANEL,
-        ),
-    ] = DEFAULTS.loss,
-    decay: Annotated[
-        float, typer.Option(help="Head k's loss weighs decay^k.", rich_help_panel=HEADS_PANEL)
-    ] = DEFAULTS.decay,
-    sequence_length: Annotated[
-        int, typer.Option(min=3, help="Tokens; longer dialogues are cut.", rich_help_panel=DATA_PANEL)
-    ] = DEFAULTS.sequence_length,
-    val_fraction: Annotated[
-        float, typer.Option(help="Share of dialogues held out.", rich_help_panel=DATA_PANEL)
-    ] = DEFAULTS.val_fraction,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A bad row ends the run.", rich_help_panel=DATA_PANEL)
-    ] = DEFAULTS.strict,
-    chat_template: Annotated[
-        str | None,
-        typer.Option(
-            help="A built-in template or a Jinja file.",
-            show_default="the model's",
-            rich_help_panel=DATA_PANEL,
-        ),
-    ] = DEFAULTS.chat_template,
-    epochs: Annotated[
-        float, typer.Option(help="Passes over the data.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.epochs,
-    max_steps: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Steps, instead of epochs.", show_default="all", rich_help_panel=OPTIMISER_PANEL
-        ),
-    ] = DEFAULTS.max_steps,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Dialogues at a time, per device.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.batch_size,
-    accumulation: Annotated[
-        int, typer.Option(min=1, help="Batches to a step.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.accumulation,
-    learning_rate: Annotated[
-        float, typer.Option(help="Highest; then a cosine to 0.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.learning_rate,
-    warmup: Annotated[
-        float, typer.Option(help="Share of steps the rate rises over.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.warmup,
-    weight_decay: Annotated[
-        float, typer.Option(help="AdamW's.", rich_help_panel=OPTIMISER_PANEL)
-    ] = DEFAULTS.weight_decay,
-    seed: Annotated[
-        int, typer.Option(help="Of the held-out choice and the order.", rich_help_panel=RUN_PANEL)
-    ] = DEFAULTS.seed,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            help="What is multiplied and saved: auto, float32, bfloat16.", rich_help_panel=RUN_PANEL
-        ),
-    ] = DEFAULTS.dtype,
-    device: Annotated[
-        str, typer.Option(help="auto, cpu or cuda; several GPUs: torchrun.", rich_help_panel=RUN_PANEL)
-    ] = DEFAULTS.device,
-    save_steps: Annotated[
-        int, typer.Option(min=1, help="Steps between checkpoints.", rich_help_panel=RUN_PANEL)
-    ] = DEFAULTS.save_steps,
-    log_steps: Annotated[
-        int, typer.Option(min=1, help="Steps between losses.", rich_help_panel=RUN_PANEL)
-    ] = DEFAULTS.log_steps,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint.", rich_help_panel=RUN_PANEL)
-    ] = DEFAULTS.resume,
-) -> None:
-    """Train Medusa heads on a frozen backbone (Medusa-1)."""
-    config = TrainConfig(
-        model=model,
-        data=tuple(data),
-        out=out,
-        num_heads=num_heads,
-        num_layers=num_layers,
-        shared_output=shared_output,
-        loss=loss,
-        decay=decay,
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        warmup=warmup,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        sequence_length=sequence_length,
-        val_fraction=val_fraction,
-        strict=strict,
-        seed=seed,
-        dtype=dtype,
-        device=device,
-        chat_template=chat_template,
-        save_steps=save_steps,
-        log_steps=log_steps,
-        resume=resume,
-    )
+def train(config: Path | None = None, **flags: Any) -> None:
+    """Train draft heads for a model: Medusa-1, Medusa-2, Hydra or Hydra++."""
+    settings = resolve_config(flags, config)
     if find_spec("accelerate") is None:
         raise ConfigError('training needs accelerate: pip install "medusa-serve[train]"')
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's number of this process
@@ -157,9 +34,14 @@ def train(
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.training.trainer import train_heads
 
-    report = train_heads(config)
+    report = train_heads(settings)
     if is_first:
-        _show(report, out)
+        _show(report, settings.out)
+
+
+# What typer reads the options from: one for each field of TrainConfig.
+train.__signature__ = options_signature({"config": FileOption})  # type: ignore[attr-defined]
+train.__annotations__ = {"return": None}
 
 
 def _show(report: "TrainReport", out: Path) -> None:
@@ -169,6 +51,12 @@ def _show(report: "TrainReport", out: Path) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.backbone_before is not None and report.backbone_after is not None:
+        console.print(
+            f"backbone, nats per held-out assistant token: {report.backbone_before:.4f} before, "
+            f"{report.backbone_after:.4f} after",
+            highlight=False,
+        )
     if report.evaluation is None:
         return
     table = Table(title=f"held-out tokens: {report.evaluation.targets}")

@@ -1,40 +1,26 @@
-"""Chat rows into token ids with assistant tokens marked, and batches of them.
+"""Dialogues into token ids with assistant tokens marked, and batches of them.
 
-A row is a JSON object with `messages` (role, content) or ShareGPT's `conversations` (from, value). What
-counts as an assistant token is read off the chat template by rendering prefixes, so any template works: a
-turn is what the template adds to its own generation prompt, up to and including the end-of-turn token.
+What counts as an assistant token is read off the chat template by rendering prefixes, so any template works:
+a turn is what the template adds to its own generation prompt, up to and including the end-of-turn token.
 """
 
-import gzip
-import json
 import logging
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from medusa_core.errors import DataError
 from medusa_core.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
+from medusa_core.training.rows import Messages, read_dialogue, read_rows
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 NO_TARGET = -100  # transformers counts other labels to average the loss over accumulated batches
 REPORTED_ROWS = 20
 ENCODE_BATCH = 1024
-
-Messages = list[dict[str, str]]
 
 log = logging.getLogger(__name__)
 
@@ -70,57 +56,22 @@ class Example:
     is_target: Tensor
 
 
-class ExampleDataset(Dataset[dict[str, Tensor]]):
-    """Examples as the Trainer wants them: `input_ids` [S] and `labels` [S], `NO_TARGET` off the targets."""
-
-    def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each example."""
-        return [len(example.input_ids) for example in self._examples]
-
-    def __len__(self) -> int:
-        return len(self._examples)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        example = self._examples[index]
-        ids = example.input_ids.long()
-        return {"input_ids": ids, "labels": ids.masked_fill(~example.is_target, NO_TARGET)}
-
-
-@dataclass(slots=True)
-class Collator:
-    """Makes right-padded batches [B, S] and counts their tokens, padding apart.
-
-    No attention mask: under a causal one no token sees the padding behind it.
-    """
-
-    tokens: int = 0
-
-    def __call__(self, items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        self.tokens += sum(len(item["input_ids"]) for item in items)
-        pad = torch.nn.utils.rnn.pad_sequence
-        return {
-            "input_ids": pad([item["input_ids"] for item in items], batch_first=True, padding_value=0),
-            "labels": pad([item["labels"] for item in items], batch_first=True, padding_value=NO_TARGET),
-        }
-
-
 def load_examples(
-    paths: Iterable[Path], chat: ChatTokenizer, *, sequence_length: int, strict: bool = False
+    sources: Sequence[str | Path], chat: ChatTokenizer, *, sequence_length: int, strict: bool = False
 ) -> list[Example]:
-    """All usable dialogues of the files, in order; `DataError` if a file cannot be read or none is usable."""
+    """All usable dialogues of files and Hub data sets, in order.
+
+    Raises `DataError` if a source cannot be read or no dialogue is usable.
+    """
     bad = BadRows(strict)
     examples: list[Example] = []
-    rows = _rendered_rows(paths, chat, bad)
+    rows = _rendered_rows(sources, chat, bad)
     while rendered := list(islice(rows, ENCODE_BATCH)):
         examples += _encode(rendered, chat, sequence_length)
     if bad.count:
         log.warning("%d rows skipped", bad.count)
     if not examples:
-        raise DataError(f"no usable dialogue in {', '.join(map(str, paths))}")
+        raise DataError(f"no usable dialogue in {', '.join(map(str, sources))}")
     return examples
 
 
@@ -131,25 +82,6 @@ def split_examples(
     count = min(max(1, round(len(examples) * fraction)), len(examples) - 1) if fraction else 0
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     return [examples[i] for i in order[count:]], [examples[i] for i in order[:count]]
-
-
-def parse_row(line: str) -> Messages:
-    """Messages of one JSONL line. Raises `DataError` with what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"not JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise DataError("not a JSON object")
-    if "messages" in row:
-        messages = _read_messages(row["messages"], "role", "content", None)
-    elif "conversations" in row:
-        messages = _read_messages(row["conversations"], "from", "value", SHAREGPT_ROLES)
-    else:
-        raise DataError("neither messages nor conversations")
-    if not any(message["role"] == "assistant" for message in messages[1:]):
-        raise DataError("no assistant message that answers another")
-    return messages
 
 
 def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
@@ -184,49 +116,16 @@ def _apply_template(chat: ChatTokenizer, messages: Messages, *, add_generation_p
     return str(text)
 
 
-def _read_messages(value: Any, role_key: str, text_key: str, roles: Mapping[str, str] | None) -> Messages:
-    if not isinstance(value, list) or not value:
-        raise DataError("messages are no list, or an empty one")
-    messages = []
-    for number, item in enumerate(value, start=1):
-        role = item.get(role_key) if isinstance(item, dict) else None
-        text = item.get(text_key) if isinstance(item, dict) else None
-        if not isinstance(role, str) or not isinstance(text, str):
-            raise DataError(f"message {number} lacks a string {role_key} or {text_key}")
-        if roles is not None and role not in roles:
-            raise DataError(f"message {number} is from {role!r}, not one of {', '.join(roles)}")
-        messages.append({"role": roles[role] if roles else role, "content": text})
-    return messages
-
-
-def _rendered_rows(paths: Iterable[Path], chat: ChatTokenizer, bad: BadRows) -> Iterator[Rendered]:
-    for place, line in _lines(paths):
+def _rendered_rows(sources: Iterable[str | Path], chat: ChatTokenizer, bad: BadRows) -> Iterator[Rendered]:
+    for row in (row for source in sources for row in read_rows(source)):
         try:
-            texts = render_turns(parse_row(line), chat)
+            texts = render_turns(read_dialogue(row.content), chat)
             for rendered in texts:
                 rendered.text.encode()
         except (DataError, UnicodeEncodeError) as error:
-            bad.add(place, str(error))
+            bad.add(row.place, str(error))
         else:
             yield from texts
-
-
-def _lines(paths: Iterable[Path]) -> Iterator[tuple[str, str]]:
-    """(file:line, text) of every line that is not blank."""
-    for path in paths:
-        try:
-            with _open_text(path) as file:
-                for number, line in enumerate(file, start=1):
-                    if line.strip():
-                        yield f"{path}:{number}", line
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
 
 
 def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int) -> Iterator[Example]:

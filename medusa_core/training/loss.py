@@ -68,6 +68,16 @@ class TeacherTargets:
         return (self.hidden_NE[chunk] @ self.lm_head_VE.T).float().softmax(-1)
 
 
+@torch.no_grad()
+def teacher_entropy(teacher: TeacherTargets, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+    """Entropy in nats, summed over N: what cross-entropy with the teacher exceeds the KL divergence by."""
+    total = torch.zeros((), device=teacher.hidden_NE.device)
+    size = max(1, chunk_elements // len(teacher.lm_head_VE))
+    for start in range(0, len(teacher.hidden_NE), size):
+        total += torch.special.entr(teacher.probabilities(slice(start, start + size))).sum()
+    return total
+
+
 def head_losses(
     features_KNE: Tensor,
     output: Tensor,

@@ -17,7 +17,8 @@ from medusa_core.errors import ConfigError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import load_chat_tokenizer
 from medusa_core.training.config import LossKind, TrainConfig
-from medusa_core.training.data import NO_TARGET, Example, ExampleDataset, load_examples
+from medusa_core.training.batches import ExampleDataset
+from medusa_core.training.data import NO_TARGET, Example, load_examples
 from medusa_core.training.evaluation import evaluate_heads
 from medusa_core.training.model import HeadTrainer
 from medusa_core.training.trainer import train_heads

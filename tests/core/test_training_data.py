@@ -9,14 +9,8 @@ from transformers import PreTrainedTokenizerFast
 
 from medusa_core.errors import DataError
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
-from medusa_core.training.data import (
-    NO_TARGET,
-    Collator,
-    Example,
-    ExampleDataset,
-    load_examples,
-    split_examples,
-)
+from medusa_core.training.batches import Collator, ExampleDataset
+from medusa_core.training.data import NO_TARGET, Example, load_examples, split_examples
 from medusa_core.training.sampling import LengthGroupedSampler
 
 DIALOGUE = [

@@ -1,0 +1,150 @@
+"""The parts of a run from its configuration: backbone, heads, and the module that is trained."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from medusa_core.backbone import Backbone, load_backbone
+from medusa_core.checkpoints import load_heads
+from medusa_core.errors import ConfigError
+from medusa_core.heads.hydra import HydraHeads, HydraShape
+from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.prefix import PrefixLayer, prefix_config
+from medusa_core.loading import resolve_dtype
+from medusa_core.training.adapters import Tuned
+from medusa_core.training.config import JointMode, Recipe, TrainConfig
+from medusa_core.training.data import Example
+from medusa_core.training.joint import JointTrainer
+from medusa_core.training.model import HeadTrainer
+from medusa_core.training.quantization import quantize
+
+PROBED_TOKENS = 6
+
+
+def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What products are taken in, and results saved in."""
+    dtype = resolve_dtype(config.dtype, device, config.model)
+    # "auto" on a float16 checkpoint; gradients would underflow.
+    return torch.bfloat16 if dtype == torch.float16 else dtype
+
+
+def build_backbone(config: TrainConfig, device: torch.device, vocab_size: int) -> Backbone:
+    """The backbone, frozen and quantised if asked for. Raises `CheckpointError` or `ConfigError`."""
+    dtype = training_dtype(config, device)
+    backbone = load_backbone(config.model, dtype=dtype, device=device, vocab_size=vocab_size)
+    if config.quantize is not None:
+        quantize(backbone.model, config.quantize)
+    if config.packing:
+        _check_packs(backbone)
+    return backbone
+
+
+def build_heads(
+    config: TrainConfig, backbone: Backbone, examples: Sequence[Example]
+) -> MedusaHeads | HydraHeads:
+    """Fresh float32 heads on the backbone's device, or those of `config.heads`. Raises `ConfigError`."""
+    if config.heads is not None:
+        return _given_heads(config, backbone)
+    token_map = None
+    if config.draft_vocab is not None:
+        token_map = frequent_tokens(examples, config.draft_vocab, backbone.vocab_size).to(backbone.device)
+    vocab_size = backbone.vocab_size if token_map is None else len(token_map)
+    lm_head_weight = backbone.lm_head_weight.float()
+    if not config.is_hydra:
+        return MedusaHeads.new(
+            hidden_size=backbone.hidden_size,
+            vocab_size=vocab_size,
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            lm_head_weight=lm_head_weight,
+            shared=config.shared_output,
+            token_map=token_map,
+        )
+    return HydraHeads.new(
+        HydraShape(
+            num_heads=config.num_heads,
+            num_layers=config.num_layers,
+            hidden_size=backbone.hidden_size,
+            vocab_size=vocab_size,
+        ),
+        lm_head_weight=lm_head_weight,
+        embed=backbone.embed,
+        prefix=_prefix_layer(config, backbone) if config.recipe == Recipe.HYDRA_PLUS else None,
+        shared=config.shared_output,
+        token_map=token_map,
+        dropout=config.dropout,
+    )
+
+
+def build_trainer_module(
+    config: TrainConfig, backbone: Backbone, heads: MedusaHeads | HydraHeads, tuned: Tuned | None
+) -> HeadTrainer:
+    """What the Trainer optimises; `tuned` where the backbone learns too."""
+    if tuned is None:
+        return HeadTrainer(backbone, heads, loss=config.loss, decay=config.decay, noise=config.noise)
+    return JointTrainer(
+        backbone,
+        heads,
+        loss=config.loss,
+        decay=config.decay,
+        heads_weight=config.heads_weight,
+        ramps=config.joint == JointMode.SINE,
+        original=tuned.original if config.self_distill else None,
+        dtype=training_dtype(config, backbone.device),
+    )
+
+
+def frequent_tokens(examples: Sequence[Example], count: int, vocab_size: int) -> Tensor:
+    """The ids [count] of the most frequent target tokens, ascending; ties go to the smaller id."""
+    if count > vocab_size:
+        raise ConfigError(f"draft_vocab {count} is more than the model's {vocab_size} tokens")
+    frequency = torch.zeros(vocab_size, dtype=torch.long)
+    for example in examples:
+        frequency += torch.bincount(example.input_ids[example.is_target].long(), minlength=vocab_size)
+    return frequency.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
+    assert config.heads is not None
+    heads = load_heads(
+        config.heads,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        lm_head_weight=backbone.model.get_output_embeddings().weight,
+        dtype=torch.float32,
+        device=backbone.device,
+    )
+    if not isinstance(heads, MedusaHeads):
+        raise ConfigError(f"{config.heads} holds Hydra heads; training starts from Medusa heads only")
+    held = {
+        "num_heads": heads.num_heads,
+        "num_layers": heads.num_layers,
+        "shared_output": heads.is_shared,
+        "draft_vocab": None if heads.token_map is None else heads.vocab_size,
+    }
+    wrong = [f"{name} {value}" for name, value in held.items() if getattr(config, name) != value]
+    if wrong:
+        raise ConfigError(f"the heads in {config.heads} have {', '.join(wrong)}: set it so")
+    return heads.train().requires_grad_(True)
+
+
+def _prefix_layer(config: TrainConfig, backbone: Backbone) -> PrefixLayer:
+    """A fresh layer; its random weights depend on the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return PrefixLayer.new(prefix_config(backbone.config)).to(backbone.device)
+
+
+@torch.inference_mode()
+def _check_packs(backbone: Backbone) -> None:
+    """Whether positions that start over keep dialogues apart, which is up to each model's code."""
+    size = PROBED_TOKENS // 2
+    ids = torch.arange(PROBED_TOKENS, device=backbone.device)[None]
+    positions = (ids % size).long()
+    base = backbone.model.base_model
+    packed = base(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state[:, size:]
+    alone = base(input_ids=ids[:, size:], use_cache=False).last_hidden_state
+    if not torch.allclose(packed, alone, rtol=0.05, atol=0.05 * float(alone.abs().max())):
+        name = type(backbone.model).__name__
+        raise ConfigError(f"{name} cannot tell packed dialogues apart: train it without packing")

@@ -1,0 +1,58 @@
+"""What a run leaves behind: heads or a whole model, and a report beside them."""
+
+import json
+from dataclasses import asdict, dataclass
+
+from medusa_core.backbone import quiet_transformers
+from medusa_core.checkpoints import save_full_model, save_heads
+from medusa_core.heads.hydra import HydraHeads
+from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.tokenizer import ChatTokenizer
+from medusa_core.training.adapters import ADAPTER_FOLDER, Tuned
+from medusa_core.training.arguments import as_json
+from medusa_core.training.building import training_dtype
+from medusa_core.training.config import TrainConfig
+from medusa_core.training.evaluation import HeadEvaluation
+from medusa_core.training.model import HeadTrainer
+
+REPORT_FILE = "training.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainReport:
+    """What a run did. `seconds`, `tokens` (without padding) and their rate are this process and session's.
+
+    `losses`: (step, training loss) as logged. `evaluation` is None where nothing was held out, and in
+    processes other than the first; so are `backbone_before` and `backbone_after`, the held-out loss in nats
+    per assistant token of a backbone that was trained too.
+    """
+
+    steps: int
+    seconds: float
+    tokens: int
+    tokens_per_second: float
+    losses: tuple[tuple[int, float], ...]
+    evaluation: HeadEvaluation | None
+    backbone_before: float | None = None
+    backbone_after: float | None = None
+
+
+def save_result(
+    config: TrainConfig, model: HeadTrainer, tuned: Tuned | None, chat: ChatTokenizer, report: TrainReport
+) -> None:
+    """Heads in `config.out`, or the tuned backbone with the heads inside (format C); training.json last."""
+    dtype = training_dtype(config, model.backbone.device)
+    heads = model.heads.to(dtype)
+    assert isinstance(heads, MedusaHeads | HydraHeads)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if tuned is None:
+        save_heads(heads, config.out, base_model=config.model)
+    else:
+        assert isinstance(heads, MedusaHeads)
+        if tuned.save_adapter is not None:
+            tuned.save_adapter(config.out / ADAPTER_FOLDER)
+            save_heads(heads, config.out / ADAPTER_FOLDER, base_model=config.model)
+        with quiet_transformers():
+            save_full_model(tuned.merged(dtype), heads, config.out, tokenizer=chat.tokenizer)
+    content = {"config": as_json(config), "report": asdict(report)}
+    (config.out / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

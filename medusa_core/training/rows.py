@@ -1,0 +1,153 @@
+"""Dialogues as they come: JSONL, JSON and Parquet files, and data sets of the Hub.
+
+A row is an object with `messages` (role, content) or ShareGPT's `conversations` (from, value). No torch here.
+"""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from medusa_core.errors import DataError
+from medusa_core.tokenizer import HUB_NAME
+
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+}
+FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+PARQUET_BATCH = 1024
+DEFAULT_SPLIT = "train"
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row and where it stands. `content` is text (a line of JSON) or what has been parsed already."""
+
+    place: str
+    content: object
+
+
+def read_rows(source: str | Path) -> Iterator[Row]:
+    """Every row of a file, or of a Hub data set named `name` or `name:split`.
+
+    Raises `DataError` if there is no such source or it is broken as a whole; a row's own faults are found by
+    `read_dialogue`.
+    """
+    path = Path(source)
+    if not path.exists() and path.suffix not in FILE_SUFFIXES:
+        name, _, split = str(source).partition(":")
+        if HUB_NAME.fullmatch(name):
+            return _hub_rows(name, split or DEFAULT_SPLIT)
+    return _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
+
+
+def read_dialogue(content: object) -> Messages:
+    """Messages (role, content) of one row. Raises `DataError` with what is wrong with it."""
+    if isinstance(content, str):
+        try:
+            content = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError("not a JSON object")
+    if content.get("messages") is not None:
+        messages = _read_messages(content["messages"], "role", "content", None)
+    elif content.get("conversations") is not None:
+        messages = _read_messages(content["conversations"], "from", "value", SHAREGPT_ROLES)
+    else:
+        raise DataError("neither messages nor conversations")
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        raise DataError("no assistant message that answers another")
+    return messages
+
+
+def _read_messages(value: Any, role_key: str, text_key: str, roles: Mapping[str, str] | None) -> Messages:
+    if not isinstance(value, list) or not value:
+        raise DataError("messages are no list, or an empty one")
+    messages = []
+    for number, item in enumerate(value, start=1):
+        role = item.get(role_key) if isinstance(item, dict) else None
+        text = item.get(text_key) if isinstance(item, dict) else None
+        if not isinstance(role, str) or not isinstance(text, str):
+            raise DataError(f"message {number} lacks a string {role_key} or {text_key}")
+        if roles is not None and role not in roles:
+            raise DataError(f"message {number} is from {role!r}, not one of {', '.join(roles)}")
+        messages.append({"role": roles[role] if roles else role, "content": text})
+    return messages
+
+
+def _text_rows(path: Path) -> Iterator[Row]:
+    """Lines that are not blank, or the items of a file that is one JSON list (ShareGPT's)."""
+    try:
+        with _open_text(path) as file:
+            may_be_list = ".jsonl" not in path.suffixes
+            for number, line in enumerate(file, start=1):
+                text = line.strip()
+                if may_be_list and text.startswith("["):
+                    yield from _list_rows(path, line + file.read())
+                elif text:
+                    yield Row(f"{path}:{number}", line)
+                may_be_list = may_be_list and not text
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _list_rows(path: Path, text: str) -> Iterator[Row]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"cannot read {path}: not JSON ({error})") from error
+    for number, row in enumerate(rows, start=1):
+        yield Row(f"{path}[{number}]", row)
+
+
+def _open_text(path: Path) -> TextIO:
+    if path.suffix == ".gz":
+        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
+    return path.open(encoding="utf-8")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    _require("pyarrow", f"reading {path}")
+    import pyarrow
+    from pyarrow import parquet
+
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in ("messages", "conversations") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(batch_size=PARQUET_BATCH, columns=names):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{path}[{number}]", row)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"cannot read {path}: {error}") from error
+
+
+def _hub_rows(name: str, split: str) -> Iterator[Row]:
+    _require("datasets", f"the data set {name}")
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = load_dataset(name, split=split)
+    except (OSError, ValueError, DatasetsError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{name} is neither a file nor a data set the Hub provides: {reason}") from error
+    for number, row in enumerate(rows, start=1):
+        yield Row(f"{name}:{split}[{number}]", row)
+
+
+def _require(package: str, purpose: str) -> None:
+    if find_spec(package) is None:
+        raise DataError(f'{purpose} needs {package}: pip install "medusa-serve[train]"')
