@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig
 
+from medusa_core.backbone import LOADING_FAILURES
 from medusa_core.checkpoints.formats import HEAD_PREFIX, TOKEN_MAP, VLLM, HeadLayout
 from medusa_core.checkpoints.head_files import HeadFile, fetch_beside, read_heads
 from medusa_core.checkpoints.reading import parse_weights, with_backbone_output
@@ -22,7 +23,6 @@ VLLM_DEFAULTS = {"max_paths": 64, "topk": 10}
 CALIBRATION_FILE = "calibration.json"
 OUTPUT_KEYS = ("lm_head.weight", "embed_out.weight", "output.weight")
 EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # of models with tied ones
-CONFIG_FAILURES = (OSError, ValueError, LookupError, TypeError, AttributeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def read_base(model: str | Path) -> Base:
     try:
         config = AutoConfig.from_pretrained(str(model), trust_remote_code=False).get_text_config()
         hidden_size = int(config.hidden_size)
-    except CONFIG_FAILURES as error:
+    except LOADING_FAILURES as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"cannot read the config of {model}: {reason}") from error
     repository = Repository.at(model)

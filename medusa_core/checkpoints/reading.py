@@ -45,7 +45,8 @@ def load_heads(
 
     `vocab_size` is the number of tokens that exist, V. `lm_head_weight` [>= V, E] is the backbone's output
     layer: needed by heads that share it, and its rows beyond V say how far the heads' own may be padded.
-    `embed` is the backbone's input embedding, which Hydra heads need, and `backbone_config` its text config,
+    `embed` is the backbone's input embedding (a function, not its module, which would become a part of the
+    heads), which Hydra heads need, and `backbone_config` its text config,
     from which the shape of a prefix layer follows. Rows of padding are dropped; heads with fewer than V rows
     never draft the tokens beyond, those with a token map only its tokens. Raises `CheckpointError`.
     """

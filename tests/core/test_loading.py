@@ -11,7 +11,9 @@ from medusa_core.checkpoints import save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.engine import Engine
 from medusa_core.errors import CheckpointError, ConfigError, MedusaError
+from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.prefix import PrefixLayer, prefix_config
 from medusa_core.loading import (
     cpu_has_native_bfloat16,
     load_parts,
@@ -40,6 +42,49 @@ def test_heads_beside_the_model_are_found(model_dir: Path, random_heads: MedusaH
     assert parts.calibration is None
     hidden = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
     assert torch.equal(parts.heads.draft_logits(hidden), random_heads.draft_logits(hidden))
+
+
+def test_a_set_beside_the_model_goes_by_its_folders_name(
+    model_dir: Path, random_heads: MedusaHeads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_heads(random_heads, model_dir / "heads", base_model="tiny")
+    assert load_parts(model_dir, None, FLOAT32).heads_name == str(model_dir / "heads")
+    assert load_parts(model_dir, "medusa-1", FLOAT32).heads_name == str(model_dir / "medusa-1")
+    with pytest.raises(CheckpointError, match="hydra is no directory, and no Hub download"):
+        load_parts(model_dir, "hydra", FLOAT32)
+    monkeypatch.chdir(tmp_path)
+    save_heads(random_heads, Path("medusa-1"), base_model="tiny")  # a path that exists is that path
+    assert load_parts(model_dir, "medusa-1", FLOAT32).heads_name == "medusa-1"
+
+
+def test_hydra_heads_beside_the_model(model_dir: Path) -> None:
+    """They get the backbone's embedding and the shape of its layers."""
+    backbone = load_parts(model_dir, "none", FLOAT32).backbone
+    shape = HydraShape(num_heads=2, num_layers=2, hidden_size=64, vocab_size=320)
+    prefix = PrefixLayer(prefix_config(backbone.config))
+    heads = HydraHeads.new(shape, lm_head_weight=backbone.lm_head_weight, embed=backbone.embed, prefix=prefix)
+    save_heads(heads, model_dir / "hydra++", base_model="tiny")
+    parts = load_parts(model_dir, None, FLOAT32)
+    assert parts.heads_name == str(model_dir / "hydra++")
+    assert isinstance(parts.heads, HydraHeads)
+    hidden, path = torch.randn(1, 64), torch.tensor([[[3, 5]]])
+    assert torch.equal(parts.heads.level_logits(1, hidden, path), heads.level_logits(1, hidden, path))
+    context = torch.randn(1, 5, 64)
+    assert torch.equal(parts.heads.contextualise(context), heads.contextualise(context))
+
+
+def test_calibration_comes_with_heads_from_the_hub(
+    model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    snapshot = cache / "models--someone--heads" / "snapshots" / "0123abcd"
+    (snapshot.parents[1] / "refs").mkdir(parents=True)
+    (snapshot.parents[1] / "refs" / "main").write_text("0123abcd")
+    shutil.copytree(model_dir / "medusa-1", snapshot)
+    assert load_parts(model_dir, "someone/heads", FLOAT32).calibration is None
+    save_calibration(default_calibration(4), snapshot)
+    assert load_parts(model_dir, "someone/heads", FLOAT32).calibration == default_calibration(4)
 
 
 def test_no_heads_on_request(model_dir: Path, tiny_model_dir: Path) -> None:
