@@ -28,7 +28,7 @@ HeadsOption = Annotated[
     str | None,
     typer.Option(
         envvar="MEDUSA_HEADS",
-        help="Draft heads: directory, file, Hub name or 'none'.",
+        help="Draft heads: directory, file, Hub name, folder beside the model (medusa-1) or 'none'.",
         show_default="those beside the model",
         rich_help_panel=MODEL_PANEL,
     ),

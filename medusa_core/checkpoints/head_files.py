@@ -17,7 +17,7 @@ from medusa_core.checkpoints.weight_files import Repository, model_keys, read_js
 from medusa_core.errors import CheckpointError
 
 HYDRA_FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt")  # in order of preference
-MEDUSA_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
+HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
 SETS = ("heads", "hydra++", "hydra", "medusa-1")  # folders beside a model, the first one is its default
 MODEL_PREFIXES = (HEAD_PREFIX, MODELOPT_PREFIX)  # of heads among a whole model's weights
@@ -47,7 +47,7 @@ def find_heads(model_dir: Path) -> Path | None:
 
 def holds_heads(folder: Path) -> bool:
     """Whether any layout's files or keys are there; they are not judged."""
-    if any((folder / name).is_file() for name in (*HYDRA_FILES, *MEDUSA_FILES)):
+    if any((folder / name).is_file() for name in (*HYDRA_FILES, *HEAD_FILES)):
         return True
     return bool(_heads_among(model_keys(Repository.at(folder))))
 
@@ -80,7 +80,7 @@ def fetch_beside(path: str | Path, filename: str) -> Path | None:
 
 def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
     """The file of heads only. Of two kinds in one place, that which config.json is about."""
-    kinds = [_first(repository, names) for names in (HYDRA_FILES, MEDUSA_FILES)]
+    kinds = [_first(repository, names) for names in (HYDRA_FILES, HEAD_FILES)]
     found = [path for path in kinds if path is not None]
     if len(found) < 2:
         return found[0] if found else None
@@ -105,7 +105,7 @@ def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
     places = _heads_among(model_keys(repository))
     if not places:
         raise CheckpointError(
-            f"no heads at {repository.name}: neither {' nor '.join((*MEDUSA_FILES, *HYDRA_FILES))}, "
+            f"no heads at {repository.name}: neither {' nor '.join((*HEAD_FILES, *HYDRA_FILES))}, "
             f"nor {HEAD_PREFIX}* among model weights"
         )
     tensors: dict[str, Tensor] = {}

@@ -26,7 +26,7 @@ from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, M
 from medusa_core.heads.hydra import HydraHeads
 from medusa_core.heads.medusa import MedusaHeads
 
-MEDUSA_FILE, HYDRA_FILE = "medusa_lm_head.safetensors", "hydra_lm_head.safetensors"
+HEADS_FILE, HYDRA_FILE = "medusa_lm_head.safetensors", "hydra_lm_head.safetensors"
 SHARED_OUTPUT_VERSION = "2"  # how TGI marks format B
 
 
@@ -54,7 +54,7 @@ def write_weights(
             "hidden_state_offset": 0,
         }
     else:
-        name, tensors = MEDUSA_FILE, medusa_tensors(weights)
+        name, tensors = HEADS_FILE, medusa_tensors(weights)
         config |= {"medusa_num_heads": weights.num_heads, "medusa_num_layers": weights.num_layers}
     config["hidden_size"] = weights.hidden_size
     if vocab_size is not None:

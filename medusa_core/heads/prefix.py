@@ -30,7 +30,9 @@ class PrefixLayer(nn.Module):
         config._attn_implementation = "sdpa"  # takes the boolean masks that `read` makes
         self.model: Any = LlamaModel(config)
         del self.model.embed_tokens  # never used: hidden states come instead
-        self.to(device=device, dtype=dtype)
+        self.to(device=device)
+        for parameter in self.parameters():  # not the rotary tables: in 16 bits their angles would drift
+            parameter.data = parameter.data.to(dtype)
 
     @classmethod
     def new(cls, config: LlamaConfig, *, hidden_rms: float = 1.0) -> "PrefixLayer":

@@ -131,6 +131,15 @@ def test_the_prefix_layer_is_the_published_one(tmp_path: Path) -> None:
     torch.testing.assert_close(heads.contextualise(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_sixteen_bits_leave_the_rotary_angles_exact(tmp_path: Path) -> None:
+    module = published()
+    heads = load(write(tmp_path, module), module, dtype=torch.bfloat16)
+    assert heads.prefix is not None
+    assert {parameter.dtype for parameter in heads.parameters()} == {torch.bfloat16}
+    theirs = module.prefix_embeding_layer.rotary_emb.inv_freq
+    assert torch.equal(heads.prefix.model.rotary_emb.inv_freq, theirs)
+
+
 def test_positions_behind_dropout_are_in_the_file() -> None:
     """The fixture has the quirks it is meant to have."""
     keys = set(published().state_dict())
