@@ -20,6 +20,7 @@ from medusa_core.training.model import HeadTrainer
 from medusa_core.training.quantization import quantize
 
 PROBED_TOKENS = 6
+SAMPLED_DIALOGUES = 8
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
@@ -70,7 +71,7 @@ def build_heads(
         ),
         lm_head_weight=lm_head_weight,
         embed=backbone.embed,
-        prefix=_prefix_layer(config, backbone) if config.recipe == Recipe.HYDRA_PLUS else None,
+        prefix=_prefix_layer(backbone, examples) if config.recipe == Recipe.HYDRA_PLUS else None,
         shared=config.shared_output,
         token_map=token_map,
         dropout=config.dropout,
@@ -129,11 +130,13 @@ def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
     return heads.train().requires_grad_(True)
 
 
-def _prefix_layer(config: TrainConfig, backbone: Backbone) -> PrefixLayer:
-    """A fresh layer; its random weights depend on the seed alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return PrefixLayer.new(prefix_config(backbone.config)).to(backbone.device)
+@torch.no_grad()
+def _prefix_layer(backbone: Backbone, examples: Sequence[Example]) -> PrefixLayer:
+    """A fresh layer, as good as the identity on hidden states of this backbone's size."""
+    sample = [example.input_ids.long().to(backbone.device) for example in examples[:SAMPLED_DIALOGUES]]
+    states = [backbone.model.base_model(input_ids=ids[None], use_cache=False)[0][0] for ids in sample]
+    rms = float(torch.cat(states).float().pow(2).mean().sqrt())
+    return PrefixLayer.new(prefix_config(backbone.config), hidden_rms=rms).to(backbone.device)
 
 
 @torch.inference_mode()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
@@ -98,6 +98,7 @@ def _run(
     recorded: TrainConfig,
 ) -> TrainReport:
     """Train, judge and save; `recorded` are the settings as they were given."""
+    set_seed(config.seed)  # fresh weights are drawn before the Trainer seeds what follows
     backbone = build_backbone(config, arguments.device, task.chat.vocab_size)
     heads = build_heads(config, backbone, task.training)
     tuned = prepare(backbone.model, config) if config.is_joint else None
