@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from medusa_core.accuracy import HeadCalibration
 from medusa_core.backbone import Backbone
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.decoding.step import Speculator, decode_step, first_state, prefill_chunk
+from medusa_core.decoding.speculator import Speculator
+from medusa_core.decoding.step import decode_step, first_state, prefill_chunk
 from medusa_core.decoding.timing import phase_timer
 from medusa_core.engine_info import EngineInfo
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
@@ -49,7 +50,11 @@ class Engine:
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
         self.speculation = speculator_factory(parts, config.static_tree)
-        self._cache = self.backbone.new_cache(config.slots, self.context_length + self._scratch_nodes())
+        self._cache = self.backbone.new_cache(
+            config.slots,
+            self.context_length + self._scratch_nodes(),
+            follower=self.heads.cache_shape if self.heads else None,
+        )
         self._token_ids = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
         timer = StepTimer(self.backbone, self._cache, self.speculation)
@@ -225,7 +230,8 @@ class Engine:
         timer.mark()
         start = sequence.num_prefilled
         chunk = sequence.prompt_ids[start : start + self.config.prefill_chunk]
-        output = prefill_chunk(self.backbone, self._cache.slots[sequence.slot], chunk)
+        cache = self._cache.slots[sequence.slot]
+        output = prefill_chunk(self.backbone, cache, chunk)
         sequence.num_prefilled += len(chunk)
         tokens: list[int] = []
         if sequence.num_prefilled == len(sequence.prompt_ids):
@@ -233,6 +239,8 @@ class Engine:
                 output, sequence.params, len(sequence.prompt_ids), self._token_ids
             )
             tokens = [first]
+        elif self.heads and sequence.params.speculation.mode is not SpeculationMode.OFF:
+            self.heads.read(output.hidden_BTE, cache.follower)  # the last chunk is read by the first step
         timer.mark()
         stats = StepStats(
             mode=self._mode(sequence.params),
@@ -267,7 +275,7 @@ class Engine:
         if self.speculation is None or params.speculation.mode is SpeculationMode.OFF or sequence.budget <= 1:
             return None
         speculator = self.speculation.speculator(params, nodes)
-        if speculator and sequence.num_tokens + speculator.drafter.max_depth > self.context_length:
+        if speculator and sequence.num_tokens + speculator.max_depth > self.context_length:
             return None
         return speculator
 

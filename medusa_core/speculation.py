@@ -3,8 +3,13 @@
 import torch
 
 from medusa_core.accuracy import HeadCalibration
-from medusa_core.decoding.drafting import Drafter, DynamicDrafter, StaticDrafter
-from medusa_core.decoding.step import Speculator
+from medusa_core.decoding.speculator import (
+    AnyDrafter,
+    Speculator,
+    dynamic_drafter,
+    make_speculator,
+    static_drafter,
+)
 from medusa_core.errors import TreeError
 from medusa_core.heads.base import DraftHeads
 from medusa_core.request import SamplingParams
@@ -34,7 +39,7 @@ class SpeculatorFactory:
         self._static_tree = static_tree
         trees = [load_tree(name) for name in published_tree_names()]
         self._published = {tree.name: tree for tree in trees if tree.fits(heads.num_heads, heads.vocab_size)}
-        self._drafters: dict[tuple[str, int], Drafter] = {}
+        self._drafters: dict[tuple[str, int], AnyDrafter] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -62,20 +67,20 @@ class SpeculatorFactory:
         if self.is_adaptive(tree) and nodes <= 1:
             return None
         taus = self.calibration.taus(params.temperature, self.heads.num_heads)
-        return Speculator(self.heads, self._drafter(tree, nodes), taus, self.coupled)
+        return make_speculator(self.heads, self._drafter(tree, nodes), taus, coupled=self.coupled)
 
-    def _drafter(self, tree: str, nodes: int) -> Drafter:
+    def _drafter(self, tree: str, nodes: int) -> AnyDrafter:
         key = (tree, nodes if self.is_adaptive(tree) else 0)
         if key not in self._drafters:
             self._drafters[key] = self._build(tree, nodes)
         return self._drafters[key]
 
-    def _build(self, tree: str, nodes: int) -> Drafter:
+    def _build(self, tree: str, nodes: int) -> AnyDrafter:
         if tree == DYNAMIC:
-            return DynamicDrafter(nodes, self.heads.num_heads, self.heads.vocab_size, self._device)
+            return dynamic_drafter(self.heads, nodes, self._device)
         if tree == STATIC:
-            return StaticDrafter(self._static_tree or self._grown(nodes), self._device)
-        return StaticDrafter(self._published[tree], self._device)
+            return static_drafter(self.heads, self._static_tree or self._grown(nodes), self._device)
+        return static_drafter(self.heads, self._published[tree], self._device)
 
     def _grown(self, nodes: int) -> Tree:
         """From the calibrated accuracies, of ranks that a small vocabulary has."""

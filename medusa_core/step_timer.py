@@ -39,7 +39,9 @@ class StepTimer:
         try:
             cache = self._cache.slots[slot]
             cache.append(context)
-            hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+            if cache.follower is not None:
+                cache.follower.append(context - 1)
+            hidden = torch.zeros(1, 1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
             state = DecodeState(self._token_ids[:1], hidden)
             speculator = self._speculation.speculator(self._params, nodes) if self._speculation else None
             return decode_step(backbone, cache, state, self._params, speculator, self._token_ids).seconds

@@ -132,8 +132,8 @@ def _expected(
     assert engine.heads is not None
     heads, device = engine.heads, engine.backbone.device
     meters: dict[str, dict[int, LengthMeter]] = {
-        "static": static_meters(counter.accuracies(), TREE_SIZES, device),
-        "dynamic": dynamic_meters(heads.num_heads, heads.vocab_size, taus, TREE_SIZES, device),
+        "static": static_meters(heads, counter.accuracies(), TREE_SIZES, device),
+        "dynamic": dynamic_meters(heads, taus, TREE_SIZES, device),
     }
     for answer in answers:
         for observed in observe(engine, answer):

@@ -13,6 +13,7 @@ from medusa_core.decoding.drafting import couple
 from medusa_core.decoding.step import prefill_chunk
 from medusa_core.engine import Engine
 from medusa_core.errors import CapacityError, DataError, RequestError
+from medusa_core.heads.base import DraftHeads, ParallelHeads, SequentialHeads
 from medusa_core.request import FinishReason, SamplingParams
 from medusa_core.sampling import gumbel_noise
 
@@ -31,14 +32,19 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A chunk of positions: the heads' scores [N, K, V] and the tokens [N, K] they should have ranked first.
+    """A chunk of positions and the tokens that followed.
 
-    `start`: place of the first of them in the answer.
-    Scores are what drafting uses: coupled with the draw's noise at temperature > 0. Target -1: no such token.
+    `hidden_NE`: what the heads draft from, `roots_N` the tokens behind, `targets_NK` the tokens the heads
+    should have ranked first (-1: the answer had ended). `scores_NKV`: the heads' scores on the true path, as
+    drafting uses them: coupled with the draw's noise at temperature > 0. `rows_NK`: the targets' rows in
+    them, V where the heads do not know the token. `start`: place of the first position in the answer.
     """
 
+    hidden_NE: Tensor
+    roots_N: Tensor
     scores_NKV: Tensor
     targets_NK: Tensor
+    rows_NK: Tensor
     start: int
 
 
@@ -68,27 +74,62 @@ def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
     """The heads' scores at every position of the answer from which at least one draft can be judged."""
     if engine.heads is None:
         raise DataError("there are no draft heads to calibrate")
-    heads, backbone = engine.heads, engine.backbone
+    heads, device = engine.heads, engine.backbone.device
     ids = [*answer.prompt_ids, *answer.answer_ids]
-    hidden = _hidden_states(engine, ids[:-2])
+    hidden_SE = heads.contextualise(_hidden_states(engine, ids[:-2])[None])[0]
     first = len(answer.prompt_ids) - 1  # its hidden state decides the answer's first token, the first root
-    token_ids = torch.arange(heads.vocab_size, device=backbone.device)
-    padded = torch.tensor([*ids, *[-1] * heads.num_heads], device=backbone.device)
+    padded = torch.tensor([*ids, *[-1] * heads.num_heads], device=device)
     for start in range(first, len(ids) - 2, CHUNK_POSITIONS):
         stop = min(start + CHUNK_POSITIONS, len(ids) - 2)
-        logits = heads.draft_logits(hidden[start:stop])
-        scores = logits.float()
-        if not answer.params.is_greedy:
-            noise = gumbel_noise(answer.params.seed, range(start + 2, stop + 1 + heads.num_heads), token_ids)
-            windows = [noise[i : i + heads.num_heads] for i in range(stop - start)]
-            scores = torch.stack(
-                [
-                    couple(row[None], answer.params.temperature, window)[0]
-                    for row, window in zip(logits, windows, strict=True)
-                ]
-            )
-        targets = padded[start + 2 : stop + 1 + heads.num_heads].unfold(0, heads.num_heads, 1)
-        yield Observed(scores, targets, start - first)
+        # Behind each position: its root, then the K tokens to guess.
+        behind = padded[start + 1 : stop + 1 + heads.num_heads].unfold(0, heads.num_heads + 1, 1)
+        logits = _true_path_logits(heads, hidden_SE[start:stop], behind.clamp(min=0))
+        yield Observed(
+            hidden_NE=hidden_SE[start:stop],
+            roots_N=behind[:, 0],
+            scores_NKV=_coupled(heads, logits, answer.params, start, engine.backbone.vocab_size),
+            targets_NK=behind[:, 1:],
+            rows_NK=_rows(heads, behind[:, 1:], engine.backbone.vocab_size),
+            start=start - first,
+        )
+
+
+def _true_path_logits(heads: DraftHeads, hidden_NE: Tensor, behind_NJ: Tensor) -> Tensor:
+    """Logits [N, K, V], of path-dependent heads after the tokens that really came."""
+    if not isinstance(heads, SequentialHeads):
+        assert isinstance(heads, ParallelHeads)
+        return heads.draft_logits(hidden_NE)
+    levels = [
+        heads.level_logits(level, hidden_NE, behind_NJ[:, None, : level + 1])
+        for level in range(heads.num_heads)
+    ]
+    return torch.cat(levels, dim=1)
+
+
+def _coupled(
+    heads: DraftHeads, logits_NKV: Tensor, params: SamplingParams, start: int, vocab_size: int
+) -> Tensor:
+    """Scores [N, K, V] of the positions from `start` on, each with the noise of the draws behind its root."""
+    if params.is_greedy:
+        return logits_NKV.float()
+    count, num_heads = logits_NKV.shape[:2]
+    token_ids = torch.arange(vocab_size, device=logits_NKV.device)
+    noise = gumbel_noise(params.seed, range(start + 2, start + 1 + count + num_heads), token_ids)
+    rows = [
+        couple(row[None], params.temperature, noise[place : place + num_heads], heads.token_map)[0]
+        for place, row in enumerate(logits_NKV)
+    ]
+    return torch.stack(rows)
+
+
+def _rows(heads: DraftHeads, targets_NK: Tensor, vocab_size: int) -> Tensor:
+    """Rows of the heads' logits for token ids; V for tokens they do not know, -1 for -1."""
+    token_map = heads.token_map
+    if token_map is None:
+        return targets_NK.clamp(max=heads.vocab_size)
+    rows = torch.full((vocab_size,), heads.vocab_size, device=targets_NK.device)
+    rows[token_map] = torch.arange(heads.vocab_size, device=targets_NK.device)
+    return torch.where(targets_NK < 0, -1, rows[targets_NK.clamp(min=0)])
 
 
 def _hidden_states(engine: Engine, ids: list[int]) -> Tensor:

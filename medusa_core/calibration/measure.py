@@ -10,10 +10,12 @@ from torch import Tensor
 
 from medusa_core.acceptance import longest_path
 from medusa_core.calibration.collect import Observed
-from medusa_core.decoding.drafting import Drafter, DynamicDrafter, StaticDrafter
+from medusa_core.decoding.speculator import Speculator, dynamic_drafter, make_speculator, static_drafter
+from medusa_core.heads.base import DraftHeads
 from medusa_core.tree import grow_tree
 
 MAX_RANK = 64
+POSITIONS_AT_ONCE = 32  # a large tree of heads that see the path has as many rows of V scores for each
 TAU_GRID = tuple(round(0.4 * 1.12**i, 4) for i in range(20))  # 0.4 .. 3.4
 
 
@@ -26,8 +28,8 @@ class RankCounter:
 
     def add(self, observed: Observed) -> None:
         ranked_NKR = observed.scores_NKV.topk(self.hits_KR.shape[1], dim=-1).indices
-        known_NK = observed.targets_NK >= 0
-        hits = (ranked_NKR == observed.targets_NK[..., None]) & known_NK[..., None]
+        known_NK = observed.rows_NK >= 0
+        hits = (ranked_NKR == observed.rows_NK[..., None]) & known_NK[..., None]
         self.hits_KR += hits.sum(dim=0).cpu()
         self.counts_K += known_NK.sum(dim=0).cpu()
 
@@ -44,7 +46,7 @@ class TauFitter:
         self._counts_K = torch.zeros(num_heads, dtype=torch.long)
 
     def add(self, observed: Observed) -> None:
-        targets, known = observed.targets_NK.clamp(min=0), observed.targets_NK >= 0
+        targets, known = observed.rows_NK.clamp(min=0), observed.rows_NK >= 0
         scores = observed.scores_NKV
         # A target the heads cannot name (reduced vocabulary) says nothing about tau.
         known &= targets < scores.shape[-1]
@@ -64,14 +66,14 @@ class TauFitter:
 
 
 class LengthMeter:
-    """Mean acceptance length of one drafter, walking each answer in the very steps the engine would take.
+    """Mean acceptance length of one speculator on greedy answers.
 
-    The mean over all positions would be another: long runs skip the positions behind them, so more steps
-    begin where guessing is hard.
+    Each answer is walked in the very steps the engine would take. The mean over all positions would be
+    another: long runs skip the positions behind them, so more steps begin where guessing is hard.
     """
 
-    def __init__(self, drafter: Drafter, taus: tuple[float, ...]) -> None:
-        self._drafter, self._taus = drafter, taus
+    def __init__(self, speculator: Speculator) -> None:
+        self._speculator = speculator
         self._next = 0  # where in the answer the walk stands
         self._tokens = 0
         self.steps = 0
@@ -89,11 +91,15 @@ class LengthMeter:
 
     def _lengths(self, observed: Observed) -> Tensor:
         """Tokens [N] a step would decide from each position."""
-        roots = torch.zeros_like(observed.targets_NK[:, 0])
-        tree = self._drafter.draft(observed.scores_NKV, roots, self._taus)
-        truth = torch.cat([roots[:, None], observed.targets_NK], dim=1).gather(1, tree.depths_BT)
-        right = tree.tokens_BT == truth
-        return 1 + longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth).count_B
+        truth_ND = torch.cat([observed.roots_N[:, None], observed.targets_NK], dim=1)
+        lengths = []
+        for start in range(0, len(truth_ND), POSITIONS_AT_ONCE):
+            part = slice(start, start + POSITIONS_AT_ONCE)
+            tree = self._speculator.propose(observed.hidden_NE[part], observed.roots_N[part], 0.0, None)
+            right = tree.tokens_BT == truth_ND[part].gather(1, tree.depths_BT)
+            best = longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth)
+            lengths.append(1 + best.count_B)
+        return torch.cat(lengths)
 
     @property
     def mean(self) -> float:
@@ -102,14 +108,17 @@ class LengthMeter:
 
 
 def static_meters(
-    accuracies: Sequence[Sequence[float]], sizes: Sequence[int], device: torch.device
+    heads: DraftHeads, accuracies: Sequence[Sequence[float]], sizes: Sequence[int], device: torch.device
 ) -> dict[int, LengthMeter]:
     """A meter per size for the tree grown from these accuracies."""
-    return {n: LengthMeter(StaticDrafter(grow_tree(accuracies, n), device), ()) for n in sizes}
+    taus = (1.0,) * heads.num_heads
+    drafters = {n: static_drafter(heads, grow_tree(accuracies, n), device) for n in sizes}
+    return {n: LengthMeter(make_speculator(heads, drafter, taus)) for n, drafter in drafters.items()}
 
 
 def dynamic_meters(
-    num_heads: int, vocab_size: int, taus: tuple[float, ...], sizes: Sequence[int], device: torch.device
+    heads: DraftHeads, taus: tuple[float, ...], sizes: Sequence[int], device: torch.device
 ) -> dict[int, LengthMeter]:
     """A meter per size for the dynamic tree with these temperatures."""
-    return {n: LengthMeter(DynamicDrafter(n, num_heads, vocab_size, device), taus) for n in sizes}
+    drafters = {n: dynamic_drafter(heads, n, device) for n in sizes}
+    return {n: LengthMeter(make_speculator(heads, drafter, taus)) for n, drafter in drafters.items()}

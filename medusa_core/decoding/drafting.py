@@ -31,7 +31,7 @@ class DraftTree:
 
 
 class Drafter(Protocol):
-    """Chooses the tree's shape and fills it."""
+    """Chooses the tree's shape and fills it from what heads say of all depths at once."""
 
     size: int
     max_depth: int
@@ -46,12 +46,20 @@ class Drafter(Protocol):
 NOISE_WEIGHT = 0.8
 
 
-def couple(logits_BKV: Tensor, temperature: float, noise_KV: Tensor | None) -> Tensor:
-    """Scores that guess the target's seeded draw; the logits themselves at temperature 0."""
+def couple(
+    logits_BKV: Tensor, temperature: float, noise_KV: Tensor | None, token_map_V: Tensor | None = None
+) -> Tensor:
+    """Scores that guess the target's seeded draw; the logits themselves at temperature 0.
+
+    The noise has a row per depth, or one for all K, and a column per token of the backbone's vocabulary, of
+    which the heads know those in `token_map_V`, or the first.
+    """
     logits = logits_BKV.float()
     if temperature == 0.0 or noise_KV is None:
         return logits
-    return logits + NOISE_WEIGHT * temperature * noise_KV[: logits.shape[1], : logits.shape[2]]
+    noise_KV = noise_KV[: logits.shape[1]]
+    noise_KV = noise_KV[:, : logits.shape[2]] if token_map_V is None else noise_KV[:, token_map_V]
+    return logits + NOISE_WEIGHT * temperature * noise_KV
 
 
 def root_tree(roots_B: Tensor) -> DraftTree:
@@ -60,7 +68,7 @@ def root_tree(roots_B: Tensor) -> DraftTree:
     return DraftTree(roots_B[:, None], zero, zero, torch.ones_like(zero, dtype=torch.bool)[:, :, None], 0)
 
 
-class _Shape:
+class TreeShape:
     """A tree's topology as tensors on a device."""
 
     def __init__(self, tree: Tree, device: torch.device) -> None:
@@ -91,6 +99,17 @@ class _Shape:
             rows.append([*above[:depth], *[node] * (self.tree.depth + 1 - depth)])
         return torch.tensor(rows, device=self.device)
 
+    def filled(self, tokens_BT: Tensor) -> DraftTree:
+        """This topology with tokens, the roots first."""
+        slots = tokens_BT.shape[0]
+        return DraftTree(
+            tokens_BT,
+            self.depths_T.expand(slots, -1),
+            self.parents_T.expand(slots, -1),
+            self.ancestors_TT.expand(slots, -1, -1),
+            self.tree.depth,
+        )
+
     def candidate_index(self, width: int) -> Tensor:
         """For each drafted node its place in the flattened candidates [K * width]."""
         places = [(len(path) - 1) * width + path[-1] for path in self.tree.paths]
@@ -103,20 +122,12 @@ class StaticDrafter:
     def __init__(self, tree: Tree, device: torch.device) -> None:
         self.size, self.max_depth = tree.size, tree.depth
         self._width = tree.width
-        self._shape = _Shape(tree, device)
+        self._shape = TreeShape(tree, device)
         self._index = self._shape.candidate_index(self._width)
 
     def draft(self, scores_BKV: Tensor, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
         candidates = scores_BKV[:, : self.max_depth].topk(self._width, dim=-1).indices.flatten(1)
-        tokens = torch.cat([roots_B[:, None], candidates[:, self._index]], dim=1)
-        slots = roots_B.shape[0]
-        return DraftTree(
-            tokens,
-            self._shape.depths_T.expand(slots, -1),
-            self._shape.parents_T.expand(slots, -1),
-            self._shape.ancestors_TT.expand(slots, -1, -1),
-            self.max_depth,
-        )
+        return self._shape.filled(torch.cat([roots_B[:, None], candidates[:, self._index]], dim=1))
 
 
 class DynamicDrafter:
@@ -130,7 +141,7 @@ class DynamicDrafter:
         superset = Tree("superset", superset_paths(drafted, num_heads, drafted))
         self.size, self.max_depth = drafted + 1, superset.depth
         self._width = superset.width
-        shape = _Shape(superset, device)
+        shape = TreeShape(superset, device)
         self._index = shape.candidate_index(self._width)
         self._depths, self._parents = shape.depths_T, shape.parents_T
         self._lineage = shape.lineage_TD

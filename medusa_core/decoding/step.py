@@ -10,33 +10,24 @@ from torch import Tensor
 
 from medusa_core.acceptance import Accepted, longest_path, match_drafts, typical_drafts
 from medusa_core.backbone import Backbone, BackboneOutput
-from medusa_core.decoding.drafting import Drafter, DraftTree, couple, root_tree
+from medusa_core.decoding.drafting import DraftTree, root_tree
+from medusa_core.decoding.speculator import Speculator
 from medusa_core.decoding.timing import phase_timer
-from medusa_core.heads.base import DraftHeads
 from medusa_core.kv_cache import SlotCache
 from medusa_core.request import SamplingParams, SpeculationMode
 from medusa_core.sampling import decide_tokens, draw_tokens, gumbel_noise, process_logits
 
 
 @dataclass(frozen=True, slots=True)
-class Speculator:
-    """What proposes: heads, the tree they fill and their calibration at the request's temperature.
+class DecodeState:
+    """A sequence between steps: the root [B], decided but not cached, and what led to it.
 
-    `coupled` False drafts without the target's noise (only to measure what coupling gains).
+    `unread_BTE`: hidden states of the last committed tokens. Where draft heads have a cache of their own,
+    these are all that they have not read; else the last one is enough.
     """
 
-    heads: DraftHeads
-    drafter: Drafter
-    taus: tuple[float, ...]
-    coupled: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeState:
-    """A sequence between steps: the root [B] (decided, not cached) and the hidden state [B, E] behind it."""
-
     roots_B: Tensor
-    hidden_BE: Tensor
+    unread_BTE: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +63,10 @@ def prefill_chunk(backbone: Backbone, cache: SlotCache, token_ids: list[int]) ->
 def first_state(
     output: BackboneOutput, params: SamplingParams, position: int, token_ids_V: Tensor
 ) -> tuple[DecodeState, int]:
-    """Decide the first root, the token at `position`, from prefill's last row."""
+    """Decide the first root, the token at `position`, from the last row of prefill's last chunk."""
     noise = None if params.is_greedy else gumbel_noise(params.seed, [position], token_ids_V)
     root = decide_tokens(output.logits_BTV[:, -1], params, noise)
-    return DecodeState(root, output.hidden_BTE[:, -1]), int(root)
+    return DecodeState(root, output.hidden_BTE), int(root)
 
 
 def decode_step(
@@ -89,24 +80,26 @@ def decode_step(
     """One step of one slot. No `speculator` is ordinary decoding: a tree of one node, no head call."""
     timer = phase_timer(backbone.device)
     timer.mark()
-    depth = speculator.drafter.max_depth if speculator else 0
+    depth = speculator.max_depth if speculator else 0
     noise = None
     if not params.is_greedy:
         first = cache.length + 1  # the root stands at position n: the next undecided one is n + 1
         noise = gumbel_noise(params.seed, range(first, first + depth + 1), token_ids_V)
-    tree = _propose(speculator, state, params, noise) if speculator else root_tree(state.roots_B)
+    tree = _propose(speculator, cache, state, params, noise) if speculator else root_tree(state.roots_B)
     timer.mark()
     output = _verify(backbone, cache, tree)
     timer.mark()
     accepted, targets_BT = _accept(tree, output.logits_BTV, params, noise)
     rows = torch.arange(tree.tokens_BT.shape[0], device=backbone.device)
-    new_state = DecodeState(targets_BT[rows, accepted.leaf_B], output.hidden_BTE[rows, accepted.leaf_B])
-    path, tokens, drafted = _to_host(tree, accepted, new_state.roots_B)
+    roots_B = targets_BT[rows, accepted.leaf_B]
+    path, tokens, drafted = _to_host(tree, accepted, roots_B)
     cache.commit(path)
+    is_read = speculator is not None or params.speculation.mode is SpeculationMode.OFF
+    unread = _unread(cache, output, path, None if is_read else state.unread_BTE)
     timer.mark()
     propose_seconds, verify_seconds, commit_seconds = timer.seconds()
     return StepResult(
-        state=new_state,
+        state=DecodeState(roots_B, unread),
         token_ids=tokens,
         drafted=drafted,
         accepted=len(path) - 1,
@@ -127,11 +120,22 @@ def additive_mask(cached: int, visible_BTT: Tensor, dtype: torch.dtype) -> Tenso
 
 
 def _propose(
-    speculator: Speculator, state: DecodeState, params: SamplingParams, noise: Tensor | None
+    speculator: Speculator,
+    cache: SlotCache,
+    state: DecodeState,
+    params: SamplingParams,
+    noise: Tensor | None,
 ) -> DraftTree:
-    logits = speculator.heads.draft_logits(state.hidden_BE)[:, : speculator.drafter.max_depth]
-    scores = couple(logits, params.temperature, noise if speculator.coupled else None)
-    return speculator.drafter.draft(scores, state.roots_B, speculator.taus)
+    hidden_BE = speculator.heads.read(state.unread_BTE, cache.follower)
+    return speculator.propose(hidden_BE, state.roots_B, params.temperature, noise)
+
+
+def _unread(cache: SlotCache, output: BackboneOutput, path: list[int], before: Tensor | None) -> Tensor:
+    """Hidden states the heads have not read after this step committed `path`, those `before` it included."""
+    if cache.follower is None:
+        return output.hidden_BTE[:, path[-1] : path[-1] + 1]
+    committed = output.hidden_BTE[:, path]
+    return committed if before is None else torch.cat([before, committed], dim=1)
 
 
 def _verify(backbone: Backbone, cache: SlotCache, tree: DraftTree) -> BackboneOutput:

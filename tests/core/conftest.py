@@ -152,6 +152,8 @@ def heads_that_know(
     """Heads of a kind fitted to the model's own answers, so that long runs are accepted."""
 
     @cache
+    @torch.inference_mode(False)  # whatever the test that asks for them first runs in
+    @torch.enable_grad()
     def fit(kind: str) -> MedusaHeads | HydraHeads:
         steps, lr = (120, 0.02) if kind == "medusa" else (60, 0.01)
         return fit_heads(heads_of_kind(kind, tiny_backbone), tiny_backbone, tiny_answers, steps=steps, lr=lr)

@@ -17,6 +17,7 @@ from medusa_core.config import EngineConfig
 from medusa_core.decoding.step import additive_mask, prefill_chunk
 from medusa_core.engine import Engine
 from medusa_core.errors import CheckpointError, ConfigError
+from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.tree import grow_tree

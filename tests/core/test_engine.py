@@ -9,8 +9,9 @@ from transformers import LlamaForCausalLM
 from medusa_core.backbone import Backbone
 from medusa_core.engine import Engine, EngineInfo
 from medusa_core.errors import CapacityError, ConfigError, RequestError, TreeError
-from medusa_core.heads.base import DraftHeads
+from medusa_core.heads.base import ParallelHeads
 from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.kv_cache import CacheShape, SlotCache
 from medusa_core.request import FinishReason, SamplingParams, SpeculationMode, StepOutput
 from medusa_core.step_times import StepTimes
 from medusa_core.tokenizer import ChatTokenizer
@@ -23,7 +24,7 @@ PUBLISHED = "mc_sim_7b_63"
 class TroubledHeads:
     """Real heads that raise from their n-th call on."""
 
-    def __init__(self, heads: DraftHeads, error: BaseException, good_calls: int) -> None:
+    def __init__(self, heads: ParallelHeads, error: BaseException, good_calls: int) -> None:
         self._heads, self._error, self.good_calls = heads, error, good_calls
 
     @property
@@ -33,6 +34,20 @@ class TroubledHeads:
     @property
     def vocab_size(self) -> int:
         return self._heads.vocab_size
+
+    @property
+    def token_map(self) -> Tensor | None:
+        return self._heads.token_map
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        return self._heads.cache_shape
+
+    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
+        return self._heads.read(hidden_BTE, cache)
+
+    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+        return self._heads.contextualise(hidden_BSE)
 
     def draft_logits(self, hidden_BE: Tensor) -> Tensor:
         if self.good_calls == 0:

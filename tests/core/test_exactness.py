@@ -1,15 +1,17 @@
 """Speculation never changes an answer: float32, token for token (design §4, "lossless by construction")."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.backbone import Backbone
+from medusa_core.heads.base import DraftHeads
 from medusa_core.request import FinishReason, SamplingParams
 from medusa_core.tree import Tree, make_tree
-from tests.core.conftest import BuildEngine, decode, speculate
+from tests.core.conftest import BuildEngine, decode, heads_of_kind, randomise, speculate
 
 TREES = ("dynamic", "static", "mc_sim_7b_63")
 SAMPLING = (
@@ -29,13 +31,26 @@ def random_tree(seed: int, nodes: int, depth: int) -> Tree:
     return make_tree(f"random-{seed}", paths - {()})
 
 
-@pytest.fixture(params=["random", "trained"])
-def heads(request: pytest.FixtureRequest) -> MedusaHeads:
-    return request.getfixturevalue(f"{request.param}_heads")
+KINDS = ("medusa", "hydra", "hydra++")
+
+
+@pytest.fixture(params=KINDS)
+def trained_heads(request: pytest.FixtureRequest, heads_that_know: Callable[[str], DraftHeads]) -> DraftHeads:
+    return heads_that_know(request.param)
+
+
+@pytest.fixture(params=[(kind, state) for kind in KINDS for state in ("random", "trained")])
+def heads(
+    request: pytest.FixtureRequest,
+    tiny_backbone: Backbone,
+    heads_that_know: Callable[[str], DraftHeads],
+) -> DraftHeads:
+    kind, state = request.param
+    return heads_that_know(kind) if state == "trained" else randomise(heads_of_kind(kind, tiny_backbone))
 
 
 def test_greedy_equals_baseline_and_transformers(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     engine = build_engine(trained_heads)
     longest = 0
@@ -66,7 +81,7 @@ def test_greedy_equals_baseline_and_transformers(
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 @pytest.mark.parametrize("tree", TREES)
 def test_sampled_equals_baseline_of_the_same_seed(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], heads: MedusaHeads, tree: str, sampling: dict
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], heads: DraftHeads, tree: str, sampling: dict
 ) -> None:
     engine = build_engine(heads)
     texts = set()
@@ -84,7 +99,7 @@ def test_sampled_equals_baseline_of_the_same_seed(
 def test_random_trees(
     build_engine: BuildEngine,
     tiny_prompts: list[list[int]],
-    heads: MedusaHeads,
+    heads: DraftHeads,
     seed: int,
     tmp_path: Path,
 ) -> None:
@@ -100,7 +115,7 @@ def test_random_trees(
             assert medusa.token_ids == baseline.token_ids
 
 
-def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads: MedusaHeads) -> None:
+def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads: DraftHeads) -> None:
     """The reference pads short paths with token 0 and accepts the padding (medusa_hydra.md §2.5)."""
     engine = build_engine(trained_heads, tree_nodes=12)
     model = engine.backbone.model
@@ -132,7 +147,7 @@ def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads
 
 
 def test_max_tokens_at_every_offset_of_a_run(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     engine = build_engine(trained_heads)
     prompt = tiny_prompts[3]
@@ -146,7 +161,7 @@ def test_max_tokens_at_every_offset_of_a_run(
 
 
 def test_stop_token_at_every_offset_of_a_run(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     engine = build_engine(trained_heads)
     prompt = tiny_prompts[5]
@@ -162,7 +177,7 @@ def test_stop_token_at_every_offset_of_a_run(
 
 
 def test_eos_inside_an_accepted_run(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     """Token 4 ends the answer although the tree accepted tokens behind it."""
     engine = build_engine(trained_heads)
@@ -179,7 +194,7 @@ def test_eos_inside_an_accepted_run(
 
 
 @pytest.mark.parametrize("prompt_length", [50, 58, 60, 61, 62, 63])
-def test_context_end(build_engine: BuildEngine, trained_heads: MedusaHeads, prompt_length: int) -> None:
+def test_context_end(build_engine: BuildEngine, trained_heads: DraftHeads, prompt_length: int) -> None:
     engine = build_engine(trained_heads, max_length=64)
     prompt = [5 + 7 * i % 300 for i in range(prompt_length)]
     for tree in TREES:
@@ -192,7 +207,7 @@ def test_context_end(build_engine: BuildEngine, trained_heads: MedusaHeads, prom
 
 
 def test_output_does_not_depend_on_slots_or_company(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     alone = build_engine(trained_heads)
     together = build_engine(trained_heads, slots=4, prefill_chunk=5)
@@ -209,7 +224,7 @@ def test_output_does_not_depend_on_slots_or_company(
 
 
 def test_uncoupled_drafting_changes_only_the_hit_rate(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: MedusaHeads
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:
     engine = build_engine(trained_heads)
     params = SamplingParams(temperature=1.0, seed=11, max_tokens=40, ignore_eos=True)

@@ -1,6 +1,7 @@
 """The cache after any commit is the cache of a fresh prefill."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from medusa_core.accuracy import default_calibration
 from medusa_core.backbone import Backbone
 from medusa_core.decoding.step import decode_step, first_state, prefill_chunk
-from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.base import DraftHeads
 from medusa_core.request import SamplingParams
 from medusa_core.speculation import SpeculatorFactory
 from tests.core.conftest import speculate
@@ -21,21 +22,24 @@ def rows(backbone: Backbone, ids: list[int]) -> torch.Tensor:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
 @pytest.mark.parametrize("tree", ["dynamic", "static", "mc_sim_7b_63"])
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_every_commit_equals_a_fresh_prefill(
     tiny_backbone: Backbone,
-    trained_heads: MedusaHeads,
+    heads_that_know: Callable[[str], DraftHeads],
     tiny_prompts: list[list[int]],
+    kind: str,
     tree: str,
     temperature: float,
 ) -> None:
-    factory = SpeculatorFactory(trained_heads, default_calibration(4), torch.device("cpu"))
+    heads = heads_that_know(kind)
+    factory = SpeculatorFactory(heads, default_calibration(4), torch.device("cpu"))
     params = SamplingParams(temperature=temperature, seed=3, speculation=speculate(tree=tree))
     token_ids = torch.arange(tiny_backbone.vocab_size)
     lengths = set()
     for prompt in tiny_prompts[:6]:
-        cache = tiny_backbone.new_cache(2, 200)
+        cache = tiny_backbone.new_cache(2, 200, follower=heads.cache_shape)
         slot = cache.slots[1]
         output = prefill_chunk(tiny_backbone, slot, prompt)
         state, root = first_state(output, params, len(prompt), token_ids)

@@ -8,6 +8,7 @@ import torch
 from medusa_core.accuracy import HeadCalibration, default_calibration
 from medusa_core.backbone import Backbone
 from medusa_core.decoding.drafting import DynamicDrafter, StaticDrafter
+from medusa_core.decoding.speculator import ParallelSpeculator
 from medusa_core.errors import TreeError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
@@ -37,12 +38,12 @@ def test_trees_by_name(random_heads: MedusaHeads) -> None:
     ):
         factory.check(tree)
         speculator = factory.speculator(params(tree), nodes)
-        assert speculator is not None
+        assert isinstance(speculator, ParallelSpeculator)
         assert isinstance(speculator.drafter, kind)
         assert speculator.drafter.size == size
         assert factory.is_adaptive(tree) == (size == 12)
         again = factory.speculator(params(tree), nodes)
-        assert again is not None
+        assert isinstance(again, ParallelSpeculator)
         assert again.drafter is speculator.drafter  # built once
 
 
@@ -64,7 +65,7 @@ def test_a_tree_of_ones_own_is_what_static_means(random_heads: MedusaHeads) -> N
     tree = make_tree("own", [[0], [1], [0, 3]])
     factory = SpeculatorFactory(random_heads, CALIBRATION, CPU, tree)
     speculator = factory.speculator(params("static"), 40)
-    assert speculator is not None
+    assert isinstance(speculator, ParallelSpeculator)
     assert speculator.drafter.size == 4
     assert not factory.is_adaptive("static")
     with pytest.raises(TreeError, match="tree 'deep' is 5 deep, but there are only 4 draft heads"):
@@ -82,8 +83,7 @@ def test_heads_with_few_output_rows(tiny_backbone: Backbone) -> None:
     for tree in factory.names:
         speculator = factory.speculator(params(tree), 24)
         assert speculator is not None
-        scores = heads.draft_logits(torch.zeros(1, 64))
-        drafted = speculator.drafter.draft(scores, torch.tensor([9]), speculator.taus)
+        drafted = speculator.propose(torch.zeros(1, 64), torch.tensor([9]), 0.0, None)
         assert int(drafted.tokens_BT[0, 1:].max()) < 3
 
 
