@@ -37,7 +37,7 @@ def build_backbone(config: TrainConfig, device: torch.device, vocab_size: int) -
     if config.quantize is not None:
         quantize(backbone.model, config.quantize)
     if config.packing:
-        _check_packs(backbone)
+        check_packs(backbone)
     return backbone
 
 
@@ -140,7 +140,7 @@ def _prefix_layer(backbone: Backbone, examples: Sequence[Example]) -> PrefixLaye
 
 
 @torch.inference_mode()
-def _check_packs(backbone: Backbone) -> None:
+def check_packs(backbone: Backbone) -> None:
     """Whether positions that start over keep dialogues apart, which is up to each model's code."""
     size = PROBED_TOKENS // 2
     ids = torch.arange(PROBED_TOKENS, device=backbone.device)[None]

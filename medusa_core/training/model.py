@@ -64,7 +64,7 @@ class HeadTrainer(nn.Module):
     def head_losses(self, batch: TrainingBatch, labels: Tensor) -> Tensor:
         """Each head's cross-entropy [K], summed over its targets."""
         targets = find_targets(labels, self.heads.num_heads, NO_TARGET)
-        features_KNE = self.heads.features(self._with_noise(batch), targets.source_KN)
+        features_KNE = self.heads.features(self.with_noise(batch), targets.source_KN)
         wanted: Tensor | TeacherTargets
         if self._loss_kind == LossKind.TEACHER:
             wanted = self.teacher(batch.hidden_BSE.detach().flatten(0, 1), targets)
@@ -97,7 +97,7 @@ class HeadTrainer(nn.Module):
         weight = (output if output.ndim == 2 else output[head]).to(features_NE.dtype)
         return functional.linear(features_NE, weight, None if bias is None else bias[head].to(weight.dtype))
 
-    def _with_noise(self, batch: TrainingBatch) -> TrainingBatch:
+    def with_noise(self, batch: TrainingBatch) -> TrainingBatch:
         """uniform(-1, 1) * alpha / sqrt(S * E) on the hidden states, in training only (Hydra's option)."""
         if not (self._noise and self.training):
             return batch

@@ -38,16 +38,16 @@ class Row:
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
-    """Every row of a file, or of a Hub data set named `name` or `name:split`.
+    """Every row of a file, or of a data set (a Hub name or a directory) given as `name` or `name:split`.
 
     Raises `DataError` if there is no such source or it is broken as a whole; a row's own faults are found by
     `read_dialogue`.
     """
     path = Path(source)
-    if not path.exists() and path.suffix not in FILE_SUFFIXES:
-        name, _, split = str(source).partition(":")
-        if HUB_NAME.fullmatch(name):
-            return _hub_rows(name, split or DEFAULT_SPLIT)
+    name, _, split = str(source).partition(":")
+    may_be_name = HUB_NAME.fullmatch(name) and not path.exists() and path.suffix not in FILE_SUFFIXES
+    if may_be_name or Path(name).is_dir():
+        return _dataset_rows(name, split or DEFAULT_SPLIT)
     return _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
 
 
@@ -134,7 +134,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Row]:
+def _dataset_rows(name: str, split: str) -> Iterator[Row]:
     _require("datasets", f"the data set {name}")
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
