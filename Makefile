@@ -29,7 +29,7 @@ $(STAMP): pyproject.toml constraints.txt
 		{ echo "Python 3.11 or newer is needed; name one with: make setup PYTHON=python3.12" >&2; exit 1; }
 	@$(SOUND) || $(PYTHON) -m venv --clear $(VENV)
 	$(PIP) $(TORCH)
-	$(PIP) --editable '.[train,dev]'
+	$(PIP) --editable '.[train,dev,plot]'
 	@$(RUN) pip check
 	@$(VENV)/bin/python -c 'import fastapi, torch, transformers, medusa_core.engine, server'
 	@touch $(STAMP)

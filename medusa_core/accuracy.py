@@ -72,13 +72,26 @@ def wilson_interval(rate: float, count: int) -> tuple[float, float]:
 
 
 def save_calibration(calibration: HeadCalibration, directory: Path) -> Path:
-    """Write `calibration.json` (to a temporary file, then renamed)."""
+    """Write `calibration.json` (to a temporary file, then renamed).
+
+    `intervals` [head][rank] in it are the 95 % intervals of the accuracies, for people: they follow from the
+    counts and are not read back.
+    """
     target = directory / FILE_NAME
     temporary = target.with_suffix(".tmp")
-    data = {"format": FORMAT_VERSION, **asdict(calibration)}
+    data = {"format": FORMAT_VERSION, **asdict(calibration), "intervals": _intervals(calibration)}
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(target)
     return target
+
+
+def _intervals(calibration: HeadCalibration) -> list[list[tuple[float, ...]]]:
+    if not calibration.counts:
+        return []
+    return [
+        [tuple(round(bound, 4) for bound in wilson_interval(rate, count)) for rate in row]
+        for row, count in zip(calibration.accuracies, calibration.counts, strict=True)
+    ]
 
 
 def load_calibration(directory: Path) -> HeadCalibration | None:

@@ -1,5 +1,6 @@
 """`medusa calibrate`: options in, a table and `calibration.json` beside the heads out."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -7,7 +8,7 @@ import typer
 
 from medusa_core import command_options as options
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.errors import ConfigError
+from medusa_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from medusa_core.accuracy import HeadCalibration
 
 SHOWN_RANKS = 4
+RESULT_PANEL = "Result"
 
 
 def calibrate(
@@ -35,6 +37,33 @@ def calibrate(
         Path | None,
         typer.Option(file_okay=False, help="Folder for calibration.json.", show_default="beside the heads"),
     ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Folder for pictures (PNG, SVG): tree, accuracy by rank, speedup by tree size.",
+            rich_help_panel=RESULT_PANEL,
+        ),
+    ] = None,
+    plot_only: Annotated[
+        bool,
+        typer.Option(
+            "--plot-only", help="Draw what calibration.json says already.", rich_help_panel=RESULT_PANEL
+        ),
+    ] = False,
+    from_table: Annotated[
+        Path | None,
+        typer.Option(
+            dir_okay=False,
+            help="Measure nothing: take accuracies from a table of the Medusa repository or a CSV with the "
+            "columns head, top1, top2, ...",
+            rich_help_panel=RESULT_PANEL,
+        ),
+    ] = None,
+    table_run: Annotated[
+        str | None,
+        typer.Option(help="The row (Name) of a table of several runs.", rich_help_panel=RESULT_PANEL),
+    ] = None,
     model: options.ModelOption = str(EMBEDDED_MODEL),
     heads: options.HeadsOption = None,
     dtype: options.DtypeOption = "auto",
@@ -43,7 +72,41 @@ def calibrate(
     chat_template: options.ChatTemplateOption = None,
 ) -> None:
     """Measure the draft heads: accuracies, confidence, and the tree that is fastest on this machine."""
+    if plot_only and (plot is None or from_table is not None):
+        raise ConfigError("--plot-only needs --plot, and no --from-table")
+    if table_run is not None and from_table is None:
+        raise ConfigError("--table-run needs --from-table")
     # Imported here: torch takes seconds, which `medusa --help` should not.
+    from medusa_core.calibration.plots import check_matplotlib
+
+    if plot is not None:
+        check_matplotlib()
+    if plot_only:
+        result = _stored(model, heads, out)
+    elif from_table is not None:
+        result = _from_table(from_table, table_run, _destination(model, heads, out))
+    else:
+        config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
+        measuring = _Measuring(prompts, limit, max_tokens, _parse_temperatures(temperatures), seed)
+        result = _measure(measuring, model, heads, config, out)
+    if plot is not None:
+        _draw(result, plot)
+
+
+@dataclass(frozen=True, slots=True)
+class _Measuring:
+    """What to measure on, as given."""
+
+    prompts: Path | None
+    limit: int
+    max_tokens: int
+    temperatures: tuple[float, ...]
+    seed: int
+
+
+def _measure(
+    measuring: _Measuring, model: str, heads: str | None, config: EngineConfig, out: Path | None
+) -> "HeadCalibration":
     from rich.console import Console
 
     from medusa_core.accuracy import save_calibration
@@ -52,10 +115,9 @@ def calibrate(
     from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
 
     settings = CalibrationSettings(
-        max_tokens=max_tokens, temperatures=_parse_temperatures(temperatures), seed=seed
+        max_tokens=measuring.max_tokens, temperatures=measuring.temperatures, seed=measuring.seed
     )
-    conversations = load_prompts(prompts or DEFAULT_PROMPTS, limit)
-    config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
+    conversations = load_prompts(measuring.prompts or DEFAULT_PROMPTS, measuring.limit)
     engine = options.load_engine(model, heads, config)
     target = destination(engine.info.heads, out)
     with Console(stderr=True).status("calibrating") as status:
@@ -65,10 +127,54 @@ def calibrate(
     console.print(accuracy_table(result))
     console.print(size_table(result))
     console.print(f"fastest here: {result.tree_nodes} nodes. Written to {path}", highlight=False)
+    return result
+
+
+def _from_table(file: Path, run: str | None, target: Path) -> "HeadCalibration":
+    """What others measured of these heads. Which tree is fastest here, the engine finds when it starts."""
+    from rich.console import Console
+
+    from medusa_core.accuracy import save_calibration
+    from medusa_core.calibration.tables import read_accuracy_table
+
+    result = read_accuracy_table(file, run)
+    path = save_calibration(result, target)
+    console = Console()
+    console.print(accuracy_table(result))
+    console.print(f"{result.num_heads} heads. Written to {path}", highlight=False, soft_wrap=True)
+    return result
+
+
+def _stored(model: str, heads: str | None, out: Path | None) -> "HeadCalibration":
+    from medusa_core.accuracy import load_calibration
+
+    target = _destination(model, heads, out)
+    result = load_calibration(target)
+    if result is None:
+        raise DataError(f"there is no calibration.json in {target} to draw: calibrate first")
+    return result
+
+
+def _destination(model: str, heads: str | None, out: Path | None) -> Path:
+    """Where an engine of these would keep its calibration."""
+    from medusa_core.calibration.calibrate import destination
+    from medusa_core.loading import heads_source
+
+    source = heads_source(model, heads)
+    return destination(None if source is None else str(source), out)
+
+
+def _draw(calibration: "HeadCalibration", folder: Path) -> None:
+    from rich.console import Console
+
+    from medusa_core.calibration.plots import save_plots
+
+    names = ", ".join(path.name for path in save_plots(calibration, folder))
+    Console().print(f"Drawn in {folder}: {names}", highlight=False, soft_wrap=True)
 
 
 def accuracy_table(calibration: "HeadCalibration") -> "Table":
-    """Hit rate per head and rank with the 95 % interval of rank 1."""
+    """Hit rate per head and rank with the 95 % interval of rank 1, where positions were counted."""
     from rich.table import Table
 
     from medusa_core.accuracy import wilson_interval
@@ -76,13 +182,13 @@ def accuracy_table(calibration: "HeadCalibration") -> "Table":
     table = Table(title="Head accuracy (share of positions at which the guess was the model's token)")
     for name in ("head", *(f"rank {r + 1}" for r in range(SHOWN_RANKS)), "95 % (rank 1)", "positions"):
         table.add_column(name, justify="right")
-    for head, (row, count) in enumerate(
-        zip(calibration.accuracies, calibration.counts, strict=True), start=1
-    ):
-        low, high = wilson_interval(row[0], count)
-        table.add_row(
-            str(head), *(f"{x:.3f}" for x in row[:SHOWN_RANKS]), f"{low:.3f}-{high:.3f}", str(count)
-        )
+    for head, row in enumerate(calibration.accuracies):
+        interval, count = "-", calibration.counts[head] if calibration.counts else None
+        if count is not None:
+            interval = "{:.3f}-{:.3f}".format(*wilson_interval(row[0], count))
+        rates = [f"{rate:.3f}" for rate in row[:SHOWN_RANKS]]
+        rates += ["-"] * (SHOWN_RANKS - len(rates))
+        table.add_row(str(head + 1), *rates, interval, "-" if count is None else str(count))
     return table
 
 

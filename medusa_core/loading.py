@@ -45,7 +45,7 @@ def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig
     chat = load_chat_tokenizer(model, config.chat_template)
     dtype = resolve_dtype(config.dtype, device, model)
     backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
-    source = _heads_source(model, heads)
+    source = heads_source(model, heads)
     if source is None:
         return EngineParts(backbone, chat, None, None, str(model), None)
     loaded = load_heads(
@@ -149,7 +149,7 @@ def _calibration_beside(heads: str | Path) -> HeadCalibration | None:
     return None if path is None else load_calibration(path.parent)
 
 
-def _heads_source(model: str | Path, heads: str | Path | None) -> str | Path | None:
+def heads_source(model: str | Path, heads: str | Path | None) -> str | Path | None:
     """Where to load heads from: as named, or the folder of that name beside a local model."""
     directory = Path(model).expanduser()
     if heads is None:
