@@ -167,10 +167,13 @@ def some(keys: Iterable[str]) -> str:
     return (", ".join(ordered[:SHOWN_KEYS]) or "no keys at all") + more
 
 
-def without_optional_prefix(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def without_optional_prefix(source: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Layout D's keys without the prefix that vLLM removes as well; others as they are."""
     if not any(is_vllm_key(key) for key in tensors):
         return tensors
+    for key in tensors:
+        if key.startswith(MODELOPT_PREFIX) and key.removeprefix(MODELOPT_PREFIX) in tensors:
+            raise CheckpointError(f"{source}: {key} is there with its prefix and without")
     return {key.removeprefix(MODELOPT_PREFIX): tensor for key, tensor in tensors.items()}
 
 

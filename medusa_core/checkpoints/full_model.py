@@ -5,7 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medusa_core.checkpoints.formats import HEAD_PREFIX
-from medusa_core.checkpoints.weight_files import read_json
+from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
 from medusa_core.checkpoints.writing import medusa_tensors, medusa_weights, write_json
 from medusa_core.heads.medusa import MedusaHeads
 
@@ -35,6 +35,7 @@ def save_full_model(
     model.save_pretrained(
         folder, state_dict=dict(model.state_dict()) | head_tensors, max_shard_size=max_shard_size
     )
+    _remove_stale(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     config_path = folder / "config.json"
@@ -42,3 +43,10 @@ def save_full_model(
     config |= {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers}
     write_json(config_path, config)
     return folder
+
+
+def _remove_stale(folder: Path) -> None:
+    """What an earlier save of another size left: transformers removes old shards, but not these."""
+    name = MODEL_FILES[0]
+    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+    (folder / (name if is_sharded else name + INDEX_SUFFIX)).unlink(missing_ok=True)

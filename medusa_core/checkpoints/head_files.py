@@ -61,14 +61,15 @@ def read_heads(path: str | Path) -> HeadFile:
     """All head tensors of a file, a directory or a Hub repository. Raises `CheckpointError`."""
     file = Path(path).expanduser()
     if file.is_file() and file.suffix in WEIGHT_SUFFIXES:
-        tensors = without_optional_prefix(read_tensors(file, lambda key: True))
+        tensors = without_optional_prefix(str(path), read_tensors(file, lambda key: True))
         return HeadFile(str(path), tensors, _config(Repository.at(file.parent)))
     repository = Repository.at(path)
     config = _config(repository)
     found = _find_file(repository, config)
     if found is not None:
-        tensors = without_optional_prefix(read_tensors(found, lambda key: True))
-        return HeadFile(f"{repository.name}/{found.name}", tensors, config)
+        source = f"{repository.name}/{found.name}"
+        tensors = without_optional_prefix(source, read_tensors(found, lambda key: True))
+        return HeadFile(source, tensors, config)
     return _read_model(repository, config)
 
 
@@ -117,7 +118,7 @@ def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
     missing = places.keys() - tensors.keys()
     if missing:
         raise CheckpointError(f"{repository.name} lacks {sorted(missing)[0]}, which its index names")
-    return HeadFile(repository.name, without_optional_prefix(tensors), config)
+    return HeadFile(repository.name, without_optional_prefix(repository.name, tensors), config)
 
 
 def _heads_among(keys: dict[str, str]) -> dict[str, str]:

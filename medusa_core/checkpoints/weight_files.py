@@ -17,8 +17,8 @@ from torch import Tensor
 
 from medusa_core.errors import CheckpointError
 
-MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # each before its index, as transformers chooses
+INDEX_SUFFIX = ".index.json"
 # What torch's restricted unpickler raises on damaged files, found by flipping bytes; none is documented.
 UNPICKLING_FAILURES = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError, AssertionError),
@@ -86,17 +86,20 @@ def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
 
 def model_keys(repository: Repository) -> dict[str, str]:
     """Every key of a whole model's weights and the file that holds it; empty where there is no model."""
-    for name in INDEX_FILES:
-        index = repository.fetch(name)
-        if index is not None:
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{index} has no weight_map")
-            return {str(key): str(file) for key, file in weight_map.items()}
     for name in MODEL_FILES:
         path = repository.fetch(name)
         if path is not None:
             return dict.fromkeys(_file_keys(path), name)
+        index = repository.fetch(name + INDEX_SUFFIX)
+        if index is not None:
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{index} has no weight_map")
+            shards = {str(key): str(file) for key, file in weight_map.items()}
+            for shard in shards.values():
+                if Path(shard).name != shard:  # else an index could point anywhere on this machine
+                    raise CheckpointError(f"{index} names {shard}, which is no file beside it")
+            return shards
     return {}
 
 

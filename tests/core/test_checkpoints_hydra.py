@@ -1,6 +1,7 @@
 """Hydra heads on disk: the published modules' own files, with their quirks, and ours."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -291,6 +292,43 @@ def test_a_prefix_layer_of_another_backbone_is_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckpointError, match=message):
         load(write(tmp_path, module), module, backbone_config=other)
+
+
+def only(tensors: Tensors, *prefixes: str) -> Tensors:
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(prefixes)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: only(t, "hydra_lm_head."), "holds no Hydra heads"),
+        (
+            lambda t: {k.replace(".1.linear", ".2.linear"): v for k, v in t.items()},
+            "has gaps between its heads",
+        ),
+        (
+            lambda t: {k.replace("mlp.2.", "mlp.999999999."): v for k, v in t.items()},
+            "has gaps between its heads",
+        ),
+        (lambda t: only(t, "hydra_mlp.0", "hydra_lm_head"), r"unexpected hydra_lm_head\.1\.bias"),
+        (lambda t: t | {"hydra_lm_head.0.weight": torch.ones(0, HIDDEN)}, "has a vocabulary of 0"),
+        (lambda t: t | {"hydra_lm_head.1.bias": torch.ones(3)}, r"hydra_lm_head\.1\.bias has shape \[3\]"),
+        (lambda t: t | {"token_map": torch.tensor([1, 2])}, r"token_map has 2 ids, .* has 11 rows"),
+        (
+            lambda t: t | {"token_map": torch.arange(VOCAB) + 1},
+            "token_map names token 11, the backbone has 11",
+        ),
+        (lambda t: t | {"token_map": torch.tensor([1.5])}, "token_map is torch.float32, not an integer type"),
+    ],
+)
+def test_broken_hydra_files_are_refused(
+    tmp_path: Path, change: Callable[[Tensors], Tensors], message: str
+) -> None:
+    module = published(2, prefix=False)
+    write(tmp_path, module)
+    torch.save(change(dict(module.state_dict())), tmp_path / "hydra_lm_head.pt")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path, module)
 
 
 def test_what_hydra_heads_need_of_the_backbone_must_be_given(tmp_path: Path) -> None:

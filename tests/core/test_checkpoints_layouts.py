@@ -220,6 +220,13 @@ def test_vllms_optional_prefix(tmp_path: Path) -> None:
     assert torch.equal(heads.output_weight(1), tensors["lm_heads.1.weight"])
 
 
+def test_a_key_with_and_without_the_prefix_is_refused(tmp_path: Path) -> None:
+    tensors = vllm_tensors() | {"medusa_heads.lm_heads.1.weight": torch.randn(VOCAB, HIDDEN)}
+    message = r"medusa_heads\.lm_heads\.1\.weight is there with its prefix and without"
+    with pytest.raises(CheckpointError, match=message):
+        load(write_vllm(tmp_path, tensors))
+
+
 def test_vllms_missing_biases_are_zeros(tmp_path: Path) -> None:
     """`medusa_fc_bias` is false by default there, and the best-known file has none."""
     heads = load(write_vllm(tmp_path, vllm_tensors(bias=False)))
@@ -375,9 +382,20 @@ def test_an_index_that_names_too_much(tmp_path: Path, suffix: str) -> None:
     layout = LAYOUTS["C"]
     layout.write(tmp_path, layout.tensors(), suffix)
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
-    weight_map = dict.fromkeys([*layout.tensors(), "medusa_head.3.0.linear.bias"], stem + suffix)
+    (tmp_path / f"{stem}{suffix}").rename(tmp_path / f"shard{suffix}")
+    weight_map = dict.fromkeys([*layout.tensors(), "medusa_head.3.0.linear.bias"], f"shard{suffix}")
     (tmp_path / f"{stem}{suffix}.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(
-        CheckpointError, match=r"lacks medusa_head\.3\.0\.linear\.bias, which its index names"
-    ):
+    message = r"lacks medusa_head\.3\.0\.linear\.bias, which its index names"
+    with pytest.raises(CheckpointError, match=message):
         load(tmp_path)
+
+
+def test_an_index_that_points_elsewhere(tmp_path: Path) -> None:
+    layout, folder = LAYOUTS["C"], tmp_path / "model"
+    folder.mkdir()
+    layout.write(tmp_path, layout.tensors(), ".safetensors")
+    for place in ("../model.safetensors", str(tmp_path / "model.safetensors")):
+        weight_map = dict.fromkeys(layout.tensors(), place)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        with pytest.raises(CheckpointError, match="which is no file beside it"):
+            load(folder)

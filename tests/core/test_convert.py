@@ -334,6 +334,20 @@ def test_whole_models_with_heads(
     assert torch.equal(parts.heads.draft_logits(hidden), heads.draft_logits(hidden))
 
 
+def test_a_model_saved_again_in_another_size_leaves_nothing_stale(
+    tmp_path: Path, tiny_model_dir: Path, lm_head: Tensor
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    for number, size in enumerate(("5GB", "50KB", "100KB", "5GB")):
+        with torch.no_grad():
+            model.model.norm.weight.fill_(number)
+        save_full_model(model, heads_like(lm_head), tmp_path, max_shard_size=size)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert torch.equal(again.model.norm.weight, model.model.norm.weight)
+        check_same(tmp_path, heads_like(lm_head), lm_head)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
 def test_whole_models_keep_their_tokenizer_and_convert(
     tmp_path: Path, tiny_model_dir: Path, lm_head: Tensor, dialogue_tokenizer
 ) -> None:
