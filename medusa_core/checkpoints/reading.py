@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +30,19 @@ CLAIMED_HEADS = ("medusa_num_heads", "hydra_num_heads", "num_medusa_heads")
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class _Fit:
+    """What heads are fitted to: `load_heads`'s arguments, and how many output `rows` [V] they get."""
+
+    source: str
+    rows: int
+    lm_head_weight: Tensor | None
+    embed: Callable[[Tensor], Tensor] | None
+    backbone_config: PreTrainedConfig | None
+    dtype: torch.dtype
+    device: torch.device | str
+
+
 def load_heads(
     path: str | Path,
     *,
@@ -53,41 +66,16 @@ def load_heads(
     file = read_heads(path)
     weights = parse_weights(file, hidden_size)
     _check_token_ids(file.source, weights.token_map, vocab_size)
-    rows = _check_vocabulary(file.source, weights, vocab_size, lm_head_weight)
-    heads: MedusaHeads | HydraHeads
-    if isinstance(weights, HydraWeights):
-        if embed is None:
-            raise CheckpointError(
-                f"{file.source}: Hydra heads need the backbone's embedding, which was not given"
-            )
-        heads = HydraHeads(
-            HydraShape(
-                num_heads=weights.num_heads,
-                num_layers=weights.num_layers,
-                hidden_size=hidden_size,
-                vocab_size=rows,
-            ),
-            embed=embed,
-            prefix=_prefix_layer(file.source, weights.prefix, backbone_config, dtype, device),
-            shared_output=None if weights.outputs else lm_head_weight,
-            token_map=weights.token_map,
-            dtype=dtype,
-            device=device,
-        )
-        _fill_hydra(heads, weights)
-    else:
-        weights = with_backbone_output(weights, lm_head_weight)
-        heads = MedusaHeads(
-            num_heads=weights.num_heads,
-            num_layers=weights.num_layers,
-            hidden_size=hidden_size,
-            vocab_size=rows,
-            shared_output=None if weights.outputs else lm_head_weight,
-            token_map=weights.token_map,
-            dtype=dtype,
-            device=device,
-        )
-        _fill_medusa(heads, weights)
+    fit = _Fit(
+        source=file.source,
+        rows=_check_vocabulary(file.source, weights, vocab_size, lm_head_weight),
+        lm_head_weight=lm_head_weight,
+        embed=embed,
+        backbone_config=backbone_config,
+        dtype=dtype,
+        device=device,
+    )
+    heads = _hydra_heads(weights, fit) if isinstance(weights, HydraWeights) else _medusa_heads(weights, fit)
     return heads.eval().requires_grad_(False)
 
 
@@ -175,28 +163,60 @@ def _check_vocabulary(
     return min(rows, vocab_size)
 
 
-def _prefix_layer(
-    source: str,
-    tensors: dict[str, Tensor] | None,
-    backbone_config: PreTrainedConfig | None,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> PrefixLayer | None:
+def _medusa_heads(weights: MedusaWeights, fit: _Fit) -> MedusaHeads:
+    weights = with_backbone_output(weights, fit.lm_head_weight)
+    heads = MedusaHeads(
+        num_heads=weights.num_heads,
+        num_layers=weights.num_layers,
+        hidden_size=weights.hidden_size,
+        vocab_size=fit.rows,
+        shared_output=None if weights.outputs else fit.lm_head_weight,
+        token_map=weights.token_map,
+        dtype=fit.dtype,
+        device=fit.device,
+    )
+    _fill_medusa(heads, weights)
+    return heads
+
+
+def _hydra_heads(weights: HydraWeights, fit: _Fit) -> HydraHeads:
+    if fit.embed is None:
+        raise CheckpointError(f"{fit.source}: Hydra heads need the backbone's embedding, which was not given")
+    shape = HydraShape(
+        num_heads=weights.num_heads,
+        num_layers=weights.num_layers,
+        hidden_size=weights.hidden_size,
+        vocab_size=fit.rows,
+    )
+    heads = HydraHeads(
+        shape,
+        embed=fit.embed,
+        prefix=None if weights.prefix is None else _prefix_layer(weights.prefix, fit),
+        shared_output=None if weights.outputs else fit.lm_head_weight,
+        token_map=weights.token_map,
+        dtype=fit.dtype,
+        device=fit.device,
+    )
+    _fill_hydra(heads, weights)
+    return heads
+
+
+def _prefix_layer(tensors: dict[str, Tensor], fit: _Fit) -> PrefixLayer:
     """Hydra++'s layer, of the backbone's shape, with the file's weights in it."""
-    if tensors is None:
-        return None
-    if backbone_config is None:
-        raise CheckpointError(f"{source}: a prefix layer needs the backbone's config, which was not given")
-    layer = PrefixLayer(prefix_config(backbone_config), dtype=dtype, device=device)
+    if fit.backbone_config is None:
+        raise CheckpointError(
+            f"{fit.source}: a prefix layer needs the backbone's config, which was not given"
+        )
+    layer = PrefixLayer(prefix_config(fit.backbone_config), dtype=fit.dtype, device=fit.device)
     expected = layer.model.state_dict()
     refuse_differences(
-        f"{source}: the prefix layer is not one of this backbone's kind",
+        f"{fit.source}: the prefix layer is not one of this backbone's kind",
         {PREFIX + key for key in expected},
         [PREFIX + key for key in tensors],
     )
     with torch.no_grad():
         for key, parameter in expected.items():
-            check_shape(source, PREFIX + key, tensors[key], tuple(parameter.shape))
+            check_shape(fit.source, PREFIX + key, tensors[key], tuple(parameter.shape))
             parameter.copy_(tensors[key])
     return layer
 
