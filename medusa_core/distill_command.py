@@ -13,15 +13,12 @@ from rich.console import Console
 
 from medusa_core import command_options as options
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.distill.journal import Journal
-from medusa_core.distill.progress import DistillProgress
-from medusa_core.distill.run import Distillation, DistillReport, settings_record
-from medusa_core.distill.seeds import load_seeds
 from medusa_core.distill.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from medusa_core.distill.answers import Answerer
+    from medusa_core.distill.run import DistillReport
 
     OpenAnswerer = Callable[[], AbstractAsyncContextManager[Answerer]]
 
@@ -36,10 +33,10 @@ ENDPOINT_OPTIONS = ("endpoint_model", "api_key_env", "concurrency", "attempts", 
 def distill(
     context: typer.Context,
     data: Annotated[
-        list[Path],
+        list[str],
         typer.Option(
-            help="Seed dialogues: JSONL (.gz too) of objects with `messages` or ShareGPT's `conversations`; "
-            "their assistant's turns are replaced. Repeatable."
+            help="Seed dialogues in any format of `medusa train`: JSONL, JSON, Parquet, a Hub data set. Their "
+            "assistant's turns are replaced. Repeatable."
         ),
     ],
     out: Annotated[
@@ -135,7 +132,7 @@ def distill(
         raise DataError(f"{report.failed} dialogues failed: the same command tries them again")
 
 
-def _ask_endpoint(server: EndpointSettings, settings: DistillSettings) -> DistillReport:
+def _ask_endpoint(server: EndpointSettings, settings: DistillSettings) -> "DistillReport":
     from medusa_core.distill.endpoint import EndpointAnswerer, open_client
 
     @asynccontextmanager
@@ -148,7 +145,7 @@ def _ask_endpoint(server: EndpointSettings, settings: DistillSettings) -> Distil
 
 def _ask_engine(
     model: str, heads: str | None, config: EngineConfig, settings: DistillSettings
-) -> DistillReport:
+) -> "DistillReport":
     from medusa_core.distill.answers import EngineAnswerer
 
     @asynccontextmanager
@@ -165,15 +162,23 @@ def _ask_engine(
     return _run(settings, answered_by, loaded)
 
 
-def _run(settings: DistillSettings, answered_by: dict[str, Any], answerers: "OpenAnswerer") -> DistillReport:
+def _run(
+    settings: DistillSettings, answered_by: dict[str, Any], answerers: "OpenAnswerer"
+) -> "DistillReport":
     """What can be wrong with files shows before a model is loaded; one without work is not loaded."""
+    # Imported here: transformers takes a second, which `medusa --help` should not.
+    from medusa_core.distill.journal import Journal
+    from medusa_core.distill.progress import DistillProgress
+    from medusa_core.distill.run import Distillation, DistillReport, settings_record
+    from medusa_core.distill.seeds import load_seeds
+
     seeds = load_seeds(settings.data, limit=settings.limit, strict=settings.strict)
     with Journal(settings.out, settings_record(settings, answered_by)) as journal:
         if all(dialogue.row in journal.done for dialogue in seeds.dialogues):
             total = len(seeds.dialogues)
             return DistillReport(total=total, finished=total, bad=seeds.bad_rows)
 
-        async def go() -> DistillReport:
+        async def go() -> "DistillReport":
             async with answerers() as answerer:
                 with DistillProgress(Console(stderr=True)) as progress:
                     return await Distillation(seeds, journal, answerer, settings, progress.show).run()
@@ -181,7 +186,7 @@ def _run(settings: DistillSettings, answered_by: dict[str, Any], answerers: "Ope
         return asyncio.run(go())
 
 
-def _show(report: DistillReport, out: Path) -> None:
+def _show(report: "DistillReport", out: Path) -> None:
     Console().print(
         f"{report.total} seed dialogues: {report.finished} finished before, {report.written} written "
         f"({report.shortened} without their tail), {report.dropped} dropped, {report.failed} failed; "

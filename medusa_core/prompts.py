@@ -11,14 +11,6 @@ from typing import Any
 from medusa_core.errors import DataError
 
 DEFAULT_PROMPTS = Path(__file__).parent / "assets" / "bench_prompts.jsonl"
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +22,7 @@ class Prompt:
 
 
 def load_prompts(path: Path = DEFAULT_PROMPTS, limit: int | None = None) -> list[Prompt]:
-    """Read up to `limit` conversations from a JSONL file (`.gz` too) of objects as `parse_messages` takes.
+    """Read up to `limit` conversations from a JSONL file (`.gz` too) of objects with `messages`.
 
     Other keys are ignored and a trailing assistant turn is dropped: that is the answer to be generated.
     Raises `DataError` naming file and line.
@@ -62,31 +54,15 @@ def _decode(line: bytes, origin: str) -> str:
         raise DataError(f"{origin}: not UTF-8") from error
 
 
-def parse_messages(record: Any, origin: str) -> tuple[dict[str, str], ...]:
-    """Messages of an object with `messages` (role, content) or ShareGPT's `conversations` (from, value).
-
-    Whatever else it carries is ignored. Raises `DataError` that begins with `origin`.
-    """
-    turns = None
-    keys = ("role", "content")
-    if isinstance(record, dict):
-        turns = record.get("messages")
-        if turns is None and "conversations" in record:
-            turns, keys = record["conversations"], ("from", "value")
-    if not isinstance(turns, list):
-        raise DataError(f"{origin}: not an object with a list of `messages` or `conversations`")
-    messages = tuple(_turn(turn, keys, origin) for turn in turns)
-    if keys == ("role", "content"):
-        return messages
-    return tuple({**m, "role": SHAREGPT_ROLES.get(m["role"], m["role"])} for m in messages)
-
-
 def _parse(line: str, origin: str) -> Prompt:
     try:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(f"{origin}: not JSON: {error}") from error
-    turns = parse_messages(record, origin)
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list):
+        raise DataError(f"{origin}: not an object with a list of `messages`")
+    turns = tuple(_turn(message, origin) for message in messages)
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not turns:
@@ -94,11 +70,11 @@ def _parse(line: str, origin: str) -> Prompt:
     return Prompt(turns, origin)
 
 
-def _turn(message: Any, keys: tuple[str, str], origin: str) -> dict[str, str]:
+def _turn(message: Any, origin: str) -> dict[str, str]:
     """Role and content of a message; whatever else it carries is ignored."""
     if not isinstance(message, dict):
         raise DataError(f"{origin}: a message must be an object")
-    for key in keys:
+    for key in ("role", "content"):
         if not isinstance(message.get(key), str):
             raise DataError(f"{origin}: a message's `{key}` must be text")
-    return {"role": message[keys[0]], "content": message[keys[1]]}
+    return {"role": message["role"], "content": message["content"]}

@@ -13,14 +13,14 @@ PAPER_MAX_TOKENS = 2048
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillSettings:
-    """One run: seed dialogues from `data` (JSONL, gzipped or not), rows appended to `out`.
+    """One run: seed dialogues from `data` (files or Hub data sets), rows appended to `out`.
 
     `max_tokens`: most tokens of one answer; one that needs more ends its dialogue. `turns` None asks every
     user turn. `limit`: so many seed rows. `top_p` None leaves the model's own. `concurrency`: dialogues in
     progress at once. `strict` makes a seed row that cannot be used an error.
     """
 
-    data: tuple[Path, ...]
+    data: tuple[str | Path, ...]
     out: Path
     temperature: float = PAPER_TEMPERATURE
     top_p: float | None = None
@@ -33,7 +33,7 @@ class DistillSettings:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise ConfigError("data needs at least one file")
+            raise ConfigError("data needs at least one source")
         for name in ("max_tokens", "turns", "limit", "concurrency"):
             value = getattr(self, name)
             if value is not None and value < 1:

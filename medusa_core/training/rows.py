@@ -52,6 +52,14 @@ def read_rows(source: str | Path) -> Iterator[Row]:
 
 
 def read_dialogue(content: object) -> Messages:
+    """Messages of a row that has an answer to learn from. Raises `DataError` with what is wrong with it."""
+    messages = read_messages(content)
+    if not any(message["role"] == "assistant" for message in messages[1:]):
+        raise DataError("no assistant message that answers another")
+    return messages
+
+
+def read_messages(content: object) -> Messages:
     """Messages (role, content) of one row. Raises `DataError` with what is wrong with it."""
     if isinstance(content, str):
         try:
@@ -61,14 +69,10 @@ def read_dialogue(content: object) -> Messages:
     if not isinstance(content, dict):
         raise DataError("not a JSON object")
     if content.get("messages") is not None:
-        messages = _read_messages(content["messages"], "role", "content", None)
-    elif content.get("conversations") is not None:
-        messages = _read_messages(content["conversations"], "from", "value", SHAREGPT_ROLES)
-    else:
-        raise DataError("neither messages nor conversations")
-    if not any(message["role"] == "assistant" for message in messages[1:]):
-        raise DataError("no assistant message that answers another")
-    return messages
+        return _read_messages(content["messages"], "role", "content", None)
+    if content.get("conversations") is not None:
+        return _read_messages(content["conversations"], "from", "value", SHAREGPT_ROLES)
+    raise DataError("neither messages nor conversations")
 
 
 def _read_messages(value: Any, role_key: str, text_key: str, roles: Mapping[str, str] | None) -> Messages:

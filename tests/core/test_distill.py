@@ -21,11 +21,11 @@ from medusa_core.distill.dialogue import answer_seed, reask
 from medusa_core.distill.journal import Journal
 from medusa_core.distill.progress import DistillProgress
 from medusa_core.distill.run import Distillation, DistillReport
-from medusa_core.distill.seeds import SeedDialogue, Seeds, load_seeds
+from medusa_core.distill.seeds import SeedDialogue, Seeds, digest, load_seeds
 from medusa_core.distill.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.request import FinishReason, SamplingParams
-from medusa_core.training.data import parse_row
+from medusa_core.training.rows import read_dialogue
 
 RECORD = {"format": 1, "seed": 0}
 
@@ -99,19 +99,22 @@ def test_seed_rows_become_groups_to_answer(tmp_path: Path) -> None:
     ]
     assert [(d.row, d.origin) for d in seeds.dialogues][1:] == [(1, f"{first}:2"), (2, f"{second}:2")]
     assert load_seeds([first, second], limit=1).dialogues == seeds.dialogues[:1]
+    sharegpt = tmp_path / "sharegpt.json"
+    sharegpt.write_text(json.dumps(rows, indent=1))
+    assert [d.groups for d in load_seeds([sharegpt]).dialogues] == [d.groups for d in seeds.dialogues]
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ("{nonsense", "not JSON"),
-        ("[1]", "list of `messages` or `conversations`"),
-        ({"messages": [{"role": "user"}]}, "`content` must be text"),
-        ({"conversations": [{"from": "human", "text": "a"}]}, "`value` must be text"),
-        ({"conversations": [{"from": "bard", "value": "a"}]}, "cannot ask a 'bard' message"),
+        ("[1]", "not a JSON object"),
+        ({"messages": [{"role": "user"}]}, "lacks a string role or content"),
+        ({"conversations": [{"from": "human", "text": "a"}]}, "lacks a string from or value"),
+        ({"conversations": [{"from": "bard", "value": "a"}]}, "from 'bard'"),
         ({"messages": [user("a"), {"role": "tool", "content": "{}"}]}, "cannot ask a 'tool' message"),
         ({"messages": [system("s"), assistant("x")]}, "no user message"),
-        ({"messages": []}, "no user message"),
+        ({"messages": []}, "an empty one"),
         ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "half a surrogate pair"),
     ],
 )
@@ -136,8 +139,8 @@ def test_seed_files_that_cannot_be_used(tmp_path: Path) -> None:
         load_seeds([broken])
     latin = tmp_path / "latin.jsonl"
     latin.write_bytes('{"messages": "é"}\n'.encode("latin-1"))
-    with pytest.raises(DataError, match="not JSON"):
-        load_seeds([latin], strict=True)
+    with pytest.raises(DataError, match="cannot read"):
+        load_seeds([latin])
 
 
 def test_each_answer_conditions_the_next_turn(tmp_path: Path) -> None:
@@ -348,7 +351,7 @@ def test_command_makes_rows_for_train_and_resumes(
     written = read_rows(out)
     assert 2 < len(written) < 16  # some of its answers end, others do not
     for row, messages in written.items():
-        assert parse_row(json.dumps({"messages": messages})) == messages
+        assert read_dialogue({"messages": messages}) == messages
         assert messages[0] == rows[row]["messages"][0]
         assert messages[-1]["role"] == "assistant"
     again = tmp_path / "again.jsonl"
@@ -408,6 +411,17 @@ def test_progress_elsewhere_is_a_line_now_and_then(caplog: pytest.LogCaptureFixt
 def test_an_endpoint_needs_no_torch() -> None:
     code = (
         "import sys, medusa_core.distill_command, medusa_core.distill.endpoint\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+        "import medusa_core.distill.run\n"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], timeout=60, check=True)
+
+
+def test_parquet_seeds(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    path = tmp_path / "seeds.parquet"
+    parquet.write_table(pyarrow.table({"messages": [[user("a"), assistant("x")], [user("b")]]}), path)
+    assert [d.groups for d in load_seeds([path]).dialogues] == [((user("a"),),), ((user("b"),),)]
+    assert digest([path, "owner/name:train"])[1] == {"name": "owner/name:train"}
