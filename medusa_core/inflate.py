@@ -1,4 +1,4 @@
-"""Pads a small Llama and its Medusa heads to a real model's shape without changing what they compute.
+"""Pads a small Llama and its draft heads to a real model's shape without changing what they compute.
 
 For benchmarks: real text and real acceptance at the memory traffic of a 1.1-1.3 B-parameter model. d is the
 model's own hidden size, D the inflated one.
@@ -87,20 +87,28 @@ def inflate_model(
 
 
 @torch.no_grad()
-def inflate_head_parameter(target: Tensor, own: Tensor, fill: RandomFill) -> None:
-    """Write a Medusa head's parameter, stacked over K heads, into its inflated one.
+def inflate_head_parameter(
+    target: Tensor, own: Tensor, fill: RandomFill, inputs_side_by_side: int = 1
+) -> None:
+    """Write a draft head's parameter, stacked over K heads, into its inflated one.
 
-    Blocks [K, d, d] -> [K, D, D], biases [K, d] -> [K, D], output layers [K, V, d] -> [K, V, D]. Rows beyond
-    the own ones feed the residual and stay zero; columns beyond d only ever meet zeros and are random.
+    Blocks [K, d, n * d] -> [K, D, n * D] with n inputs side by side, biases [K, d] -> [K, D], output layers
+    [K, V, d] -> [K, V, D]. Rows beyond the own ones feed the residual and stay zero; columns beyond an
+    input's d only ever meet zeros and are random.
     """
     if own.shape[-1] > target.shape[-1]:
         raise ConfigError(f"cannot inflate heads of hidden size {own.shape[-1]} to {target.shape[-1]}")
     target.zero_()
     for wide, narrow in zip(target, own, strict=True):
+        rows = narrow.shape[0]
         if narrow.ndim == 2:
-            _embed(wide[: narrow.shape[0]], narrow, fill)
+            fill(wide[:rows])
+            inputs = (inputs_side_by_side, -1)
+            wide[:rows].unflatten(1, inputs)[..., : narrow.shape[1] // inputs[0]] = narrow.unflatten(
+                1, inputs
+            )
         else:
-            wide[: narrow.shape[0]] = narrow
+            wide[:rows] = narrow
 
 
 def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForCausalLM:
@@ -163,13 +171,14 @@ def _fill_weights(llama: LlamaForCausalLM, inflated: LlamaForCausalLM, fill: Ran
     _embed(inflated.lm_head.weight[:own_rows], llama.lm_head.weight, fill)
     fill(inflated.lm_head.weight[own_rows:])
     inflated.lm_head.weight[own_rows:, :own_hidden] = 0
-    _inflate_norm(inflated.model.norm.weight, llama.model.norm.weight, fill)
+    inflate_norm(inflated.model.norm.weight, llama.model.norm.weight, fill)
     for index, layer in enumerate(inflated.model.layers):
         source = llama.model.layers[index] if index < llama.config.num_hidden_layers else None
-        _fill_layer(source, layer, fill)
+        inflate_layer(source, layer, fill)
 
 
-def _fill_layer(source: nn.Module | None, layer: nn.Module, fill: RandomFill) -> None:
+@torch.no_grad()
+def inflate_layer(source: nn.Module | None, layer: nn.Module, fill: RandomFill) -> None:
     """Write one decoder layer: the model's own where there is one, else an identity."""
     own = dict(source.named_parameters()) if source is not None else {}
     for name, weight in layer.named_parameters():
@@ -178,7 +187,7 @@ def _fill_layer(source: nn.Module | None, layer: nn.Module, fill: RandomFill) ->
         elif name not in own:
             fill(weight)
         elif weight.ndim == 1:
-            _inflate_norm(weight, own[name], fill)
+            inflate_norm(weight, own[name], fill)
         else:
             _embed(weight, own[name], fill)
 
@@ -190,7 +199,9 @@ def _inflate_writer(target: Tensor, own: Tensor | None) -> None:
         target[: own.shape[0], : own.shape[1]] = own
 
 
-def _inflate_norm(target_D: Tensor, own_d: Tensor, fill: RandomFill) -> None:
+@torch.no_grad()
+def inflate_norm(target_D: Tensor, own_d: Tensor, fill: RandomFill) -> None:
+    """Write an RMSNorm's weight so that it undoes the smaller mean square."""
     fill(target_D)
     scale = math.sqrt(own_d.shape[0] / target_D.shape[0])
     target_D[: own_d.shape[0]] = own_d.float() * scale

@@ -64,7 +64,8 @@ class HydraHeads(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        self._embed = embed  # a function rather than a module, which would be trained and saved along
+        # A method: the module itself would become a part of this one, and be trained and saved along.
+        self._embed = embed.forward if isinstance(embed, nn.Module) else embed
         self.prefix = prefix
         self.dropout = dropout
 

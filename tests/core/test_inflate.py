@@ -9,7 +9,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from medusa_core.benchmark.inflated import inflate_heads
 from medusa_core.errors import ConfigError
+from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.heads.prefix import PrefixLayer, prefix_config
 from medusa_core.inflate import InflatedShape, inflate_model
 
 SMALL = InflatedShape(
@@ -156,6 +158,35 @@ def test_heads_that_share_the_output_layer_keep_their_logits(
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("with_prefix", [False, True])
+@torch.inference_mode()
+def test_inflated_hydra_heads_keep_their_logits(
+    tiny: LlamaForCausalLM, inflated: LlamaForCausalLM, shared: bool, with_prefix: bool
+) -> None:
+    shape = HydraShape(num_heads=3, num_layers=2, hidden_size=64, vocab_size=320)
+    own = HydraHeads.new(
+        shape,
+        lm_head_weight=tiny.lm_head.weight,
+        embed=tiny.get_input_embeddings(),
+        prefix=PrefixLayer(prefix_config(tiny.config)) if with_prefix else None,
+        shared=shared,
+    )
+    for name, parameter in own.named_parameters():
+        if "prefix" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    big = inflate_heads(own, inflated)
+    tokens = torch.arange(12)[None]
+    hidden, wide = tiny.model(tokens).last_hidden_state, inflated.model(tokens).last_hidden_state
+    paths = torch.randint(0, 320, (12, 4, 3))
+    expected = own.level_logits(2, own.contextualise(hidden)[0], paths)
+    got = big.level_logits(2, big.contextualise(wide)[0], paths)
+    assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert big.shape.hidden_size == 128
+    zeros = [(weight[:, :64] == 0).float().mean() for weight in big.first_weights]
+    assert max(zeros) < 0.01  # what only meets zeros is random
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -190,7 +221,7 @@ def test_other_architectures_and_wide_heads_are_refused(inflated: LlamaForCausal
         inflate_heads(random_heads(256, 10, 1), inflated)
 
 
-def test_only_medusa_heads_can_be_inflated(inflated: LlamaForCausalLM) -> None:
+def test_unknown_heads_cannot_be_inflated(inflated: LlamaForCausalLM) -> None:
     class OtherHeads:
         num_heads, vocab_size = 1, 320
 
