@@ -10,11 +10,12 @@ TORCH := torch==2.13.0
 SOUND := $(VENV)/bin/pip --version 2>/dev/null | grep -qF "$(CURDIR)/$(VENV)/" && \
 	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help setup serve test check format clean
+.PHONY: help setup serve example test check format clean
 
 help:
 	@echo "make setup    create .venv, or mend it"
 	@echo "make serve    serve the embedded model on 127.0.0.1:8000; settings come from MEDUSA_... variables"
+	@echo "make example  a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
 	@echo "make test     all tests with branch coverage; ARGS='tests/core -k tree' for some of them"
 	@echo "make check    formatting, lint, types, import contracts, documentation"
 	@echo "make format   format the code and mend what ruff can mend"
@@ -36,6 +37,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 serve: setup
 	@$(VENV)/bin/medusa serve $(ARGS)
+
+example: setup
+	$(VENV)/bin/python examples/own_model/run.py $(ARGS)
 
 test: setup
 	$(RUN) pytest --cov --cov-report=term $(ARGS)

@@ -35,8 +35,8 @@ def distill(
     data: Annotated[
         list[str],
         typer.Option(
-            help="Seed dialogues in any format of `medusa train`: JSONL, JSON, Parquet, a Hub data set. Their "
-            "assistant's turns are replaced. Repeatable."
+            help="Seed dialogues in any format of `medusa train`: JSONL, JSON, Parquet, a Hub data set. "
+            "Their assistant's turns are replaced. Repeatable."
         ),
     ],
     out: Annotated[
