@@ -13,7 +13,6 @@ from medusa_core.loading import resolve_device
 from medusa_core.training.config import TrainConfig
 
 CHECKPOINTS_FOLDER = "checkpoints"
-LOGS_FOLDER = "logs"
 RUN_FILE = "run.json"  # beside the checkpoints: the settings they belong to
 # Another value of these would make the checkpoint meaningless: other weights, loss, or order of the data.
 RESUMED_FIELDS = {

@@ -16,6 +16,8 @@ from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example
 from medusa_core.training.joint import JointTrainer
+from medusa_core.training.loss import CHUNK_ELEMENTS
+from medusa_core.training.memory import MemoryShape, estimate_memory
 from medusa_core.training.model import HeadTrainer
 from medusa_core.training.quantization import quantize
 
@@ -94,6 +96,22 @@ def build_trainer_module(
         original=tuned.original if config.self_distill else None,
         dtype=training_dtype(config, backbone.device),
     )
+
+
+def peak_bytes(config: TrainConfig, backbone: Backbone, heads: MedusaHeads) -> int:
+    """What training the heads on the frozen backbone needs at most, if every row is full."""
+    shape = MemoryShape(
+        backbone_bytes=sum(tensor.nbytes for tensor in backbone.model.parameters()),
+        num_heads=heads.num_heads,
+        num_layers=heads.num_layers,
+        hidden_size=heads.hidden_size,
+        output_rows=heads.vocab_size,
+        tokens=config.batch_size * config.sequence_length,
+        itemsize=backbone.dtype.itemsize,
+        chunk_elements=CHUNK_ELEMENTS,
+        has_output=not heads.is_shared,
+    )
+    return estimate_memory(shape).peak
 
 
 def frequent_tokens(examples: Sequence[Example], count: int, vocab_size: int) -> Tensor:

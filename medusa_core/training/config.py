@@ -221,7 +221,7 @@ class TrainConfig:
     save_steps: int = field(default=500, metadata=_option("Steps between checkpoints.", RUN_PANEL, least=1))
     log_steps: int = field(default=20, metadata=_option("Steps between losses.", RUN_PANEL, least=1))
     tensorboard: bool = field(
-        default=False, metadata=_option("Write losses for TensorBoard to OUT/logs.", RUN_PANEL)
+        default=False, metadata=_option("Write losses for TensorBoard below OUT/checkpoints.", RUN_PANEL)
     )
     resume: bool = field(default=False, metadata=_option("Go on from the newest checkpoint.", RUN_PANEL))
 

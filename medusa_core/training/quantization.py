@@ -45,7 +45,7 @@ def _with_bitsandbytes(model: PreTrainedModel, kind: Quantization) -> None:
         new = bitsandbytes.nn.Linear8bitLt(
             old.in_features, old.out_features, old.bias is not None, has_fp16_weights=False
         )
-        new.weight = bitsandbytes.nn.Int8Params(old.weight.data, has_fp16_weights=False)
+        new.weight = bitsandbytes.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
         return new
 
     def four(old: nn.Linear) -> nn.Module:

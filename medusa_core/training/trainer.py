@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
 from medusa_core.training.arguments import HeadTrainingArguments, prepare_checkpoints, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset
-from medusa_core.training.building import build_backbone, build_heads, build_trainer_module
+from medusa_core.training.building import build_backbone, build_heads, build_trainer_module, peak_bytes
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_backbone, evaluate_heads
@@ -104,6 +105,8 @@ def _run(
     tuned = prepare(backbone.model, config) if config.is_joint else None
     model = build_trainer_module(config, backbone, heads, tuned)
     is_first = arguments.process_index == 0
+    if isinstance(heads, MedusaHeads) and not config.is_joint:
+        log.info("memory: about %.1f GiB at the peak", peak_bytes(config, backbone, heads) / 2**30)
     before = _backbone_loss(model, task.held_out, config) if is_first else None
     collator = Collator()
     progress = ProgressReport(task.console)

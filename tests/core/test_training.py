@@ -16,8 +16,8 @@ from medusa_core.checkpoints import load_heads
 from medusa_core.errors import ConfigError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import load_chat_tokenizer
-from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.batches import ExampleDataset
+from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, load_examples
 from medusa_core.training.evaluation import evaluate_heads
 from medusa_core.training.model import HeadTrainer
@@ -291,3 +291,17 @@ def test_progress_in_a_log(config: TrainConfig, caplog: pytest.LogCaptureFixture
         train_heads(replace(config, max_steps=5), Console(file=StringIO()))
     assert "54 dialogues to train on, 6 held out" in caplog.text
     assert "step 5 of 5 · loss" in caplog.text
+
+
+def test_tensorboard_gets_the_losses(config: TrainConfig) -> None:
+    train_heads(replace(config, max_steps=2, log_steps=1, tensorboard=True))
+    (file,) = config.out.rglob("events.out.tfevents.*")
+    assert b"train/loss" in file.read_bytes()
+
+
+def test_without_tensorboard_there_is_a_clear_error(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_core.training.arguments.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r'pip install "medusa-serve\[tensorboard\]"'):
+        train_heads(replace(config, tensorboard=True))
