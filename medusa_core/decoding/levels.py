@@ -112,8 +112,21 @@ class DynamicLevelDrafter:
     def draft(self, scores: LevelScores, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
         pool = self._root(roots_B)
         for depth in range(self.max_depth):
+            if self._is_settled(pool):
+                break
             self._grow(pool, scores, depth, taus[depth])
         return self._choose(pool)
+
+    def _is_settled(self, pool: _Pool) -> bool:
+        """Whether no deeper node could be among the best: then the remaining heads need not be asked.
+
+        On a CPU only: elsewhere asking would make the host wait for the device.
+        """
+        if len(pool.depths_P) < self.size or pool.joint_BP.device.type != "cpu":
+            return False
+        last = pool.joint_BP[:, 1:].topk(self.size - 1, dim=1).values[:, -1]
+        newest = pool.joint_BP[:, pool.depths_P.index(pool.depths_P[-1])]  # the best of the deepest level
+        return bool((newest <= last).all())
 
     def _root(self, roots_B: Tensor) -> _Pool:
         zero = torch.zeros_like(roots_B)[:, None]
@@ -127,11 +140,9 @@ class DynamicLevelDrafter:
         parents = slice(first, first + count)
         lineage = pool.lineage_BPD[:, parents]
         paths = pool.tokens_BP.gather(1, lineage[:, :, : depth + 1].flatten(1)).unflatten(1, (count, -1))
-        scaled = scores.score(depth, paths) / tau
-        best = scaled.topk(width, dim=-1)
-        log_probs = best.values - scaled.logsumexp(dim=-1, keepdim=True)
+        best = (scores.score(depth, paths) / tau).log_softmax(dim=-1).topk(width, dim=-1)
         # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
-        log_probs = log_probs.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
+        log_probs = best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
         joint = (pool.joint_BP[:, parents, None] + log_probs).flatten(1)
         kept = joint.topk(self._kept[depth], dim=1)
         tokens = scores.token_ids(best.indices.flatten(1).gather(1, kept.indices))

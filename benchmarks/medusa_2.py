@@ -1,0 +1,97 @@
+"""Medusa-2 on the demo model, and what becomes of its backbone (Medusa paper §2.2.2).
+
+    python benchmarks/medusa_2.py --data dialogues.jsonl --json medusa_2.json
+
+Trains two-stage, with the shipped Medusa-1 heads as what stage one would give, and beside it the direct joint
+training that the recipe is there to avoid: fresh heads, one learning rate, no balance of the losses. Prints
+the backbone's held-out loss before and after. `benchmarks/heads.py --train` runs the first of them only.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medusa_core.benchmark.bench import machine_facts
+from medusa_core.checkpoints.weight_files import read_json
+from medusa_core.config import EMBEDDED_MODEL
+
+ROOT = Path(__file__).parents[1]
+RUNS = ROOT / "runs" / "heads"  # git-ignored
+CACHE = RUNS / "medusa-2"
+MEDUSA = Path(sys.executable).with_name("medusa")
+SEED_DIALOGUES = 600
+STEPS = 800
+RATE = "5e-4"  # the paper's for LoRA; heads learn at four times that
+
+
+def main(
+    data: Annotated[list[Path] | None, typer.Option(help="Training dialogues; repeatable.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = STEPS,
+    json_file: Annotated[Path | None, typer.Option("--json")] = None,
+) -> None:
+    """Train both ways on the same dialogues and compare."""
+    files = data or own_dialogues()
+    runs = {"two-stage": CACHE, "direct": RUNS / "medusa-2-direct"}
+    figures: dict[str, Any] = {name: train(name, files, out, steps) for name, out in runs.items()}
+    figures["machine"] = machine_facts()
+    print(json.dumps(figures, indent=2))
+    if json_file is not None:
+        json_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def train_medusa_2(data: list[Path]) -> None:
+    """The two-stage set, calibrated on its training dialogues, in `CACHE`; nothing if it is there already."""
+    if (CACHE / "calibration.json").is_file():
+        return
+    files = data or own_dialogues()
+    train("two-stage", files, CACHE, STEPS)
+    medusa("calibrate", "--model", CACHE, "--heads", CACHE, "--prompts", files[0], "--limit", 200)
+
+
+def train(joint: str, data: list[Path], out: Path, steps: int) -> dict[str, Any]:
+    """One run, unless it has been made before; gives its report's figures."""
+    report = out / "training.json"
+    if not report.is_file():
+        heads = EMBEDDED_MODEL / "medusa-1"
+        num_heads = read_json(heads / "config.json")["medusa_num_heads"]
+        start = ("--heads", heads) if joint == "two-stage" else ()
+        files = [part for file in data for part in ("--data", file)]
+        medusa(
+            *("train", "--recipe", "medusa-2", "--joint", joint, "--model", EMBEDDED_MODEL, "--out", out),
+            *("--num-heads", num_heads, *start, *files, "--max-steps", steps, "--learning-rate", RATE),
+        )
+    result = read_json(report)["report"]
+    names = ("steps", "seconds", "tokens", "backbone_before", "backbone_after", "evaluation")
+    return {name: result[name] for name in names}
+
+
+def own_dialogues() -> list[Path]:
+    """What the demo model answers to composed users, where no dialogues are given."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    seeds, answered = RUNS / "seeds.jsonl", RUNS / "dialogues.jsonl"
+    script = ROOT / "examples" / "own_model" / "seed_prompts.py"
+    run(sys.executable, script, "--count", SEED_DIALOGUES, "--seed", 0, "--out", seeds)
+    medusa("distill", "--model", EMBEDDED_MODEL, "--data", seeds, "--out", answered, "--max-tokens", 96)
+    return [answered]
+
+
+def medusa(*words: str | int | Path) -> None:
+    """Run the command line of this environment."""
+    run(MEDUSA, *words)
+
+
+def run(*words: str | int | Path) -> None:
+    """Run a command; its failure ends the script."""
+    command = [str(word) for word in words]
+    print("$", *command, flush=True)
+    status = subprocess.run(command, check=False).returncode
+    if status != 0:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    typer.run(main)
