@@ -7,8 +7,8 @@ backward pass (they are scaled into the parameters' gradients) and the optimizer
 
 from dataclasses import dataclass
 
-# Float32 copies of a chunk's logits at once: the teacher's probabilities, a head's logits and their logarithms,
-# a product of both, and the gradient of the head before.
+# Float32 copies of a chunk's logits at once: the teacher's probabilities, a head's logits, their
+# logarithms, a product of both, and the gradient of the head before.
 CHUNK_COPIES = 5
 MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes
 
