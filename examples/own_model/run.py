@@ -71,7 +71,7 @@ def served(model: Path, heads: Path) -> Iterator[str]:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    where = ("--served-name", SERVED_NAME, "--port", port)
+    where = ("--served-name", SERVED_NAME, "--port", port, "--log-level", "warning")
     command = [MEDUSA, "serve", "--model", model, "--heads", heads, *FLOAT32, *STEADY, *where]
     parts = [str(part) for part in command]
     print(f"\n$ {shlex.join(parts)}", flush=True)

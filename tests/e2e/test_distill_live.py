@@ -12,7 +12,7 @@ from medusa_core.cli import app
 
 pytestmark = pytest.mark.e2e
 
-OPTIONS = ("--max-tokens", "40", "--temperature", "0.9")
+OPTIONS = ("--max-tokens", "80", "--temperature", "0.9")
 USERS = [[f"I need {thing}", "and a taxi"] for thing in ("a room", "food", "a train", "help", "tea", "a map")]
 
 
@@ -31,7 +31,7 @@ def test_server_and_engine_give_the_same_rows(
     dialogues = [[{"role": "user", "content": text} for text in texts] for texts in USERS]
     rows = [
         {"messages": [first, {"role": "assistant", "content": "?"}, second]}
-        for first, second in dialogues * 3
+        for first, second in dialogues * 2
     ]
     data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     live = start_server(model=str(tiny_model_dir), max_length=None)
