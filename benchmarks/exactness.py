@@ -3,9 +3,11 @@
     python benchmarks/exactness.py --prompts held_out.jsonl --limit 200 --json exactness.json
 
 Every prompt is answered greedily by the baseline, by transformers and with each tree, then sampled at
-T = 0.8, top-p 0.95 and at T = 1.0 by the baseline and with each tree; with the shipped heads and random ones.
+T = 0.8, top-p 0.95 and at T = 1.0 by the baseline and with each tree; with every shipped set of heads and
+with random ones of the same kinds.
 """
 
+import copy
 import json
 import random
 import tempfile
@@ -16,17 +18,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from transformers import PreTrainedModel
 
 from medusa_core.benchmark.bench import machine_facts
 from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine import Engine
-from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.loading import load_parts
 from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
 from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
 
 SAMPLING = {"greedy": (0.0, 1.0), "T=0.8 top_p=0.95": (0.8, 0.95), "T=1.0": (1.0, 1.0)}
+SETS = ("medusa-1", "hydra", "hydra++")
 OFF = SpeculationParams(mode=SpeculationMode.OFF)
 
 
@@ -43,28 +46,33 @@ def random_tree_file(folder: Path, seed: int, depth: int) -> Path:
     return file
 
 
-def engines(model: str, heads: str | None, tree_file: Path) -> Iterator[tuple[str, Engine]]:
-    """Engines by what drafts: the shipped heads and random ones, "static" being grown or random."""
+def engines(model: str, sets: list[str], tree_file: Path) -> Iterator[tuple[str, Engine]]:
+    """Engines by what drafts: each set of heads, trained and random, with "static" grown or random."""
     config = EngineConfig(dtype="float32", measure=False, tree_nodes=16)
-    random_static = EngineConfig(dtype="float32", measure=False, tree_nodes=16, static_tree=str(tree_file))
-    parts = load_parts(model, heads, config)
-    assert parts.heads is not None
+    random_static = replace(config, static_tree=str(tree_file))
+    backbone: PreTrainedModel | None = None
+    for name in sets:
+        parts = load_parts(model, name, config)
+        if backbone is None:
+            backbone = parts.backbone.model  # one for all: only the heads differ
+        noise = random_copy(parts.heads)
+        own = (parts.heads, parts.calibration)
+        yield f"{name}", Engine.from_parts(backbone, parts.chat, own[0], config, own[1])
+        yield f"{name}, random tree", Engine.from_parts(backbone, parts.chat, own[0], random_static, own[1])
+        yield f"random {name}", Engine.from_parts(backbone, parts.chat, noise, config)
+        yield (
+            f"random {name}, random tree",
+            Engine.from_parts(backbone, parts.chat, noise, random_static),
+        )
+
+
+def random_copy(heads: Any) -> Any:
+    """Heads of the same kind and shape that know nothing."""
     torch.manual_seed(0)
-    noise = MedusaHeads.new(
-        hidden_size=parts.backbone.hidden_size,
-        vocab_size=parts.backbone.vocab_size,
-        num_heads=parts.heads.num_heads,
-        num_layers=1,
-        lm_head_weight=torch.randn_like(parts.backbone.lm_head_weight),
-    )
-    shared = (parts.backbone.model, parts.chat)
-    yield "shipped heads", Engine.from_parts(*shared, parts.heads, config, parts.calibration)
-    yield (
-        "shipped heads, random tree",
-        Engine.from_parts(*shared, parts.heads, random_static, parts.calibration),
-    )
-    yield "random heads", Engine.from_parts(*shared, noise, config)
-    yield "random heads, random tree", Engine.from_parts(*shared, noise, random_static)
+    noise = copy.deepcopy(heads)
+    for parameter in noise.parameters():
+        parameter.data = 0.05 * torch.randn_like(parameter)
+    return noise
 
 
 def trees_of(name: str) -> tuple[str, ...]:
@@ -101,12 +109,12 @@ def main(
     limit: Annotated[int, typer.Option(min=1)] = 200,
     max_tokens: Annotated[int, typer.Option(min=2)] = 48,
     model: str = str(EMBEDDED_MODEL),
-    heads: str | None = None,
+    heads: Annotated[list[str] | None, typer.Option(help="Sets of heads; repeatable.")] = None,
 ) -> None:
     """Compare all answers; exit code 1 if any differs."""
     tally: dict[str, list[int]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        by_name = dict(engines(model, heads, random_tree_file(Path(folder), 5, 4)))
+        by_name = dict(engines(model, heads or list(SETS), random_tree_file(Path(folder), 5, 4)))
     chat = next(iter(by_name.values())).chat
     for seed, prompt in enumerate(load_prompts(prompts, limit)):
         check_prompt(by_name, chat.render(prompt.messages), max_tokens, seed, tally)

@@ -1,6 +1,6 @@
 """Medusa-2 on the demo model, and what becomes of its backbone (Medusa paper §2.2.2).
 
-    python benchmarks/medusa_2.py --data dialogues.jsonl --json medusa_2.json
+    python benchmarks/medusa_2.py --data dialogues.jsonl --held-out others.jsonl --json medusa_2.json
 
 Trains two-stage, with the shipped Medusa-1 heads as what stage one would give, and beside it the direct joint
 training that the recipe is there to avoid: fresh heads, one learning rate, no balance of the losses. Prints
@@ -13,11 +13,15 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
+from medusa_core.backbone import load_backbone
 from medusa_core.benchmark.bench import machine_facts
 from medusa_core.checkpoints.weight_files import read_json
 from medusa_core.config import EMBEDDED_MODEL
+from medusa_core.tokenizer import load_chat_tokenizer
+from medusa_core.training.data import load_examples
 
 ROOT = Path(__file__).parents[1]
 RUNS = ROOT / "runs" / "heads"  # git-ignored
@@ -30,6 +34,7 @@ RATE = "5e-4"  # the paper's for LoRA; heads learn at four times that
 
 def main(
     data: Annotated[list[Path] | None, typer.Option(help="Training dialogues; repeatable.")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="Dialogues that no training saw.")] = None,
     steps: Annotated[int, typer.Option(min=1)] = STEPS,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
@@ -37,6 +42,10 @@ def main(
     files = data or own_dialogues()
     runs = {"two-stage": CACHE, "direct": RUNS / "medusa-2-direct"}
     figures: dict[str, Any] = {name: train(name, files, out, steps) for name, out in runs.items()}
+    if held_out is not None:
+        losses = {"before": held_out_loss(EMBEDDED_MODEL, held_out)}
+        losses |= {name: held_out_loss(out, held_out) for name, out in runs.items()}
+        figures["held_out"] = {"file": str(held_out), "nats_per_assistant_token": losses}
     figures["machine"] = machine_facts()
     print(json.dumps(figures, indent=2))
     if json_file is not None:
@@ -67,6 +76,21 @@ def train(joint: str, data: list[Path], out: Path, steps: int) -> dict[str, Any]
     result = read_json(report)["report"]
     names = ("steps", "seconds", "tokens", "backbone_before", "backbone_after", "evaluation")
     return {name: result[name] for name in names}
+
+
+@torch.inference_mode()
+def held_out_loss(model: Path, dialogues: Path) -> float:
+    """The backbone's cross-entropy in nats per assistant token, in float32."""
+    chat = load_chat_tokenizer(model)
+    backbone = load_backbone(model, dtype=torch.float32, device=torch.device("cpu"))
+    total, count = 0.0, 0
+    for example in load_examples((dialogues,), chat, sequence_length=backbone.max_positions):
+        ids = example.input_ids.long()
+        log_probs = backbone.model(input_ids=ids[None], use_cache=False).logits[0, :-1].log_softmax(-1)
+        wanted = log_probs.gather(1, ids[1:, None])[:, 0][example.is_target[1:]]
+        total -= float(wanted.sum())
+        count += len(wanted)
+    return total / count
 
 
 def own_dialogues() -> list[Path]:

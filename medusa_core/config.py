@@ -6,7 +6,6 @@ from pathlib import Path
 from medusa_core.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "demo"
-EMBEDDED_HEADS = EMBEDDED_MODEL / "medusa-1"
 
 TYPICAL_EPSILON = 0.09  # Medusa paper §2.3.1 and reference `posterior_threshold`
 TYPICAL_DELTA = 0.3  # its `posterior_alpha`, about sqrt(epsilon)
