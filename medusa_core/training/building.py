@@ -11,7 +11,7 @@ from medusa_core.errors import ConfigError
 from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.heads.prefix import PrefixLayer, prefix_config
-from medusa_core.loading import resolve_dtype
+from medusa_core.loading import heads_source, resolve_dtype
 from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example
@@ -127,10 +127,12 @@ def frequent_tokens(examples: Sequence[Example], count: int, vocab_size: int) ->
 def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
     assert config.heads is not None
     heads = load_heads(
-        config.heads,
+        heads_source(config.model, config.heads) or config.heads,
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
         lm_head_weight=backbone.model.get_output_embeddings().weight,
+        embed=backbone.embed,
+        backbone_config=backbone.config,
         dtype=torch.float32,
         device=backbone.device,
     )

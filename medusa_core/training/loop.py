@@ -55,6 +55,13 @@ class HeadsTrainer(Trainer):
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return LengthGroupedSampler(dataset.lengths, size, self.args.seed)
 
+    def _run_epoch(self, *positional: Any, **named: Any) -> None:
+        """Not a step more for a run that was finished: the Trainer asks only after the first."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*positional, **named)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         if state_dict is None:
             state_dict = {name: parameter.detach() for name, parameter in _learning(self.model).items()}

@@ -3,8 +3,10 @@
 import json
 from dataclasses import asdict, dataclass
 
+from medusa_core.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.backbone import quiet_transformers
 from medusa_core.checkpoints import save_full_model, save_heads
+from medusa_core.checkpoints.head_files import HEAD_FILES, HYDRA_FILES
 from medusa_core.heads.hydra import HydraHeads
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import ChatTokenizer
@@ -45,6 +47,8 @@ def save_result(
     heads = model.heads.to(dtype)
     assert isinstance(heads, MedusaHeads | HydraHeads)
     config.out.mkdir(parents=True, exist_ok=True)
+    if report.tokens:  # else nothing was left to learn, and these are the heads that were calibrated
+        _remove_stale(config)
     if tuned is None:
         save_heads(heads, config.out, base_model=config.model)
     else:
@@ -56,3 +60,10 @@ def save_result(
             save_full_model(tuned.merged(dtype), heads, config.out, tokenizer=chat.tokenizer)
     content = {"config": as_json(config), "report": asdict(report)}
     (config.out / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _remove_stale(config: TrainConfig) -> None:
+    """What an earlier run in this folder left and a reader would take for a part of the new result."""
+    names = (CALIBRATION_FILE, *HEAD_FILES, *HYDRA_FILES) if config.is_joint else (CALIBRATION_FILE,)
+    for name in names:  # a file of heads would hide those among the model's weights
+        (config.out / name).unlink(missing_ok=True)

@@ -64,7 +64,7 @@ def read_messages(content: object) -> Messages:
     if isinstance(content, str):
         try:
             content = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"not JSON ({error})") from error
     if not isinstance(content, dict):
         raise DataError("not a JSON object")
@@ -109,7 +109,7 @@ def _text_rows(path: Path) -> Iterator[Row]:
 def _list_rows(path: Path, text: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: not JSON ({error})") from error
     for number, row in enumerate(rows, start=1):
         yield Row(f"{path}[{number}]", row)

@@ -67,20 +67,21 @@ def _train_stage_one(config: TrainConfig, task: _Task) -> TrainConfig:
     folder = config.out / STAGE_ONE_FOLDER
     share = config.stage_one
     steps = None if config.max_steps is None else max(1, round(config.max_steps * share))
+    stage = replace(
+        config,
+        recipe=Recipe.MEDUSA_1,
+        out=folder,
+        learning_rate=config.learning_rate * config.heads_rate,
+        epochs=config.epochs * share,
+        max_steps=steps,
+        self_distill=False,
+        gradient_checkpointing=False,
+    )
+    arguments = training_arguments(stage)
+    checkpoint = prepare_checkpoints(stage, arguments)  # checks that a finished stage had these settings
     if not (config.resume and (folder / REPORT_FILE).exists()):
-        stage = replace(
-            config,
-            recipe=Recipe.MEDUSA_1,
-            out=folder,
-            learning_rate=config.learning_rate * config.heads_rate,
-            epochs=config.epochs * share,
-            max_steps=steps,
-            self_distill=False,
-            gradient_checkpointing=False,
-        )
         log.info("stage 1: heads alone")
-        arguments = training_arguments(stage)
-        _run(stage, task, arguments, prepare_checkpoints(stage, arguments), recorded=stage)
+        _run(stage, task, arguments, checkpoint, recorded=stage)
     log.info("stage 2: heads and backbone")
     return replace(
         config,

@@ -177,6 +177,43 @@ def test_a_second_run_does_not_mix_with_the_first(config: TrainConfig) -> None:
         train_heads(replace(config, resume=True, num_heads=2, batch_size=2))
 
 
+def test_a_checkpoint_that_was_cut_off_is_not_resumed(config: TrainConfig) -> None:
+    uninterrupted = train_heads(replace(config, max_steps=4, save_steps=2))
+    last = config.out / "checkpoints" / "checkpoint-4"
+    for state, rest in (("trainer_state.json", "{"), ("optimizer.pt", "")):
+        (last / state).write_text(rest, encoding="utf-8")  # as a kill in the middle of writing leaves them
+    shutil.copy(config.out / "medusa_lm_head.safetensors", config.out.parent)
+    resumed = train_heads(replace(config, max_steps=4, save_steps=2, resume=True))
+    assert resumed.losses == uninterrupted.losses
+    assert 0 < resumed.tokens < uninterrupted.tokens
+    before = load_file(config.out.parent / "medusa_lm_head.safetensors")
+    after = load_file(config.out / "medusa_lm_head.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_folders_that_cannot_take_the_result(config: TrainConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="cannot write to .*file/heads: Not a directory"):
+        train_heads(replace(config, out=tmp_path / "file" / "heads"))
+    with pytest.raises(ConfigError, match="is the model's own folder"):
+        train_heads(replace(config, out=Path(config.model)))
+    with pytest.raises(ConfigError, match="holds a whole model"):
+        train_heads(replace(config, model="another/model", out=Path(config.model)))
+
+
+def test_finished_heads_learn_no_more_and_new_ones_are_not_calibrated_yet(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    finished = train_heads(config)
+    calibration = config.out / "calibration.json"
+    calibration.write_text("{}", encoding="utf-8")
+    again = train_heads(replace(config, resume=True))
+    assert (again.steps, again.tokens, again.losses) == (2, 0, finished.losses)
+    assert calibration.exists()  # of these very heads
+    shutil.rmtree(config.out / "checkpoints")
+    train_heads(config)
+    assert not calibration.exists()
+
+
 def test_resume_with_nothing_to_resume_starts(config: TrainConfig) -> None:
     assert train_heads(replace(config, max_steps=1, resume=True)).steps == 1
 

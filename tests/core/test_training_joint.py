@@ -13,10 +13,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from medusa_core.backbone import Backbone, load_backbone
-from medusa_core.checkpoints import load_heads
+from medusa_core.checkpoints import find_heads, load_heads, save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.engine import Engine
 from medusa_core.errors import ConfigError
+from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.request import SamplingParams
 from medusa_core.training.adapters import prepare
@@ -257,6 +258,30 @@ def test_given_heads_replace_the_first_stage(config: TrainConfig) -> None:
     assert not (config.out / "stage-1").exists()
     with pytest.raises(ConfigError, match="have num_heads 2: set it so"):
         train_heads(replace(config, out=config.out / "x", heads=str(first.out), num_heads=3))
+
+
+def test_hydra_heads_are_no_start(config: TrainConfig, tiny_backbone: Backbone, tmp_path: Path) -> None:
+    shape = HydraShape(num_heads=2, num_layers=1, hidden_size=64, vocab_size=320)
+    lm_head = tiny_backbone.lm_head_weight
+    hydra = HydraHeads.new(shape, lm_head_weight=lm_head, embed=tiny_backbone.embed)
+    save_heads(hydra, tmp_path / "hydra", base_model=config.model)
+    with pytest.raises(ConfigError, match="holds Hydra heads; training starts from Medusa heads only"):
+        train_heads(replace(config, heads=str(tmp_path / "hydra")))
+
+
+def test_a_finished_first_stage_of_other_settings_is_not_used(config: TrainConfig) -> None:
+    train_heads(config)
+    shutil.rmtree(config.out / "checkpoints")  # killed before the second stage's first checkpoint
+    with pytest.raises(ConfigError, match="cannot resume .*stage-1.* with another seed"):
+        train_heads(replace(config, resume=True, seed=1))
+
+
+def test_heads_of_an_earlier_run_do_not_hide_the_new_ones(config: TrainConfig) -> None:
+    train_heads(replace(config, recipe=Recipe.MEDUSA_1, max_steps=2))
+    shutil.rmtree(config.out / "checkpoints")
+    train_heads(config)
+    assert find_heads(config.out) == config.out
+    assert not (config.out / "medusa_lm_head.safetensors").exists()
 
 
 def interrupt(config: TrainConfig, step: int) -> TrainConfig:

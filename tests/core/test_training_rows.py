@@ -79,6 +79,7 @@ def test_unknown_hub_names_are_an_error() -> None:
     ("name", "content", "reason"),
     [
         ("d.json", b'[{"messages": []}, ', "cannot read .*d.json: not JSON"),
+        ("deep.json", b"[" * 100_000, "cannot read .*deep.json: not JSON"),
         ("d.parquet", b"PAR1 not at all", "cannot read .*d.parquet"),
         ("d.jsonl.gz", b"plain", "cannot read .*d.jsonl.gz"),
     ],
@@ -89,6 +90,11 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, reason: str) ->
         list(read_rows(tmp_path / name))
     with pytest.raises(DataError, match="cannot read"):
         list(read_rows(tmp_path / f"missing-{name}"))
+
+
+def test_a_row_nested_too_deep_is_one_bad_row() -> None:
+    with pytest.raises(DataError, match="not JSON"):
+        read_dialogue('{"messages": ' + "[" * 100_000)
 
 
 def test_parquet_without_dialogues(tmp_path: Path) -> None:
