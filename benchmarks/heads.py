@@ -8,7 +8,9 @@ of nodes but the chain's. Trees and temperatures are those of each set's calibra
 dialogues. A dialogue is cut before a random one of its answers: the last are mostly goodbyes of a few tokens.
 
 Acceptance length (tokens per decode step) and identity come from a float32 run; the speedup, over the same
-backbone without speculation, from an interleaved run in the default dtype (bfloat16 where inflated).
+backbone without speculation, from an interleaved run in the default dtype (bfloat16 where inflated), as do
+the figures of typical acceptance, which claims no identity.
+
 medusa-2 changes the backbone, so it is not shipped and is compared with its own: `--train` makes it
 (benchmarks/medusa_2.py); without it there is no such row.
 """
@@ -95,14 +97,17 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         exact = build_sides(contenders, nodes, "float32", inflate, Path(folder))
         ids = fitting_prompts(exact[0].engine, chosen, MAX_TOKENS, print)
-        judged = {name: run_all(exact, ids, name, 1) for name in SAMPLINGS}
-        figures = {name: exact_figures(exact, ids, name, judged[name]) for name in SAMPLINGS}
+        figures = {
+            name: judge(exact, ids, name, run_all(exact, ids, name, 1))
+            for name, (_, mode) in SAMPLINGS.items()
+            if mode is SpeculationMode.EXACT
+        }
         del exact
         timed = build_sides(contenders, nodes, "bfloat16" if inflate else "auto", inflate, Path(folder))
         for name in SAMPLINGS:
             runs = run_all(timed, ids, name, repeats)
-            for side in timed:
-                rows.append(row(side, name, nodes, figures[name][side.contender.name], runs, ids))
+            own = figures.get(name) or judge(timed, ids, name, runs)
+            rows += [row(side, name, nodes, own[side.contender.name], runs, ids) for side in timed]
     result = {
         "rows": rows,
         "shape": inflate or "demo",
@@ -190,10 +195,8 @@ def run_all(sides: Sequence[Side], ids: list[list[int]], name: str, repeats: int
     return interleave(list(variants.values()), ids, sampling(name), repeats=repeats)
 
 
-def exact_figures(
-    sides: Sequence[Side], ids: list[list[int]], name: str, runs: Runs
-) -> dict[str, dict[str, Any]]:
-    """Acceptance and identity of each contender in float32."""
+def judge(sides: Sequence[Side], ids: list[list[int]], name: str, runs: Runs) -> dict[str, dict[str, Any]]:
+    """Acceptance of each contender, and identity with its baseline."""
     figures = {}
     for side in sides:
         own = side.contender.name
@@ -208,9 +211,9 @@ def exact_figures(
 
 
 def row(
-    side: Side, name: str, nodes: int, exact: dict[str, Any], runs: Runs, ids: list[list[int]]
+    side: Side, name: str, nodes: int, judged: dict[str, Any], runs: Runs, ids: list[list[int]]
 ) -> dict[str, Any]:
-    """One row: the float32 figures and the timed ones."""
+    """One row: what was judged, and the timed figures."""
     contender, (temperature, mode) = side.contender, SAMPLINGS[name]
     lengths = [len(prompt) for prompt in ids]
     own, baseline = (report.rates(runs[key], lengths) for key in (contender.name, side.baseline))
@@ -222,7 +225,7 @@ def row(
         "lossless": mode is SpeculationMode.EXACT,
         "num_heads": side.engine.info.num_heads,
         "nodes": side.engine.info.num_heads + 1 if contender.is_chain else nodes,
-        **exact,
+        **judged,
         "speedup": report.ratio(own, baseline),
         "overall_speedup": overall[0] / overall[1] if overall[0] and overall[1] else None,
         "tokens_per_second": own["tokens_per_second"],

@@ -5,6 +5,7 @@ the pool, T tree nodes (root included), D depth, V rows of the heads' logits.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -76,15 +77,14 @@ class _StaticLevel:
 
 @dataclass(slots=True)
 class _Pool:
-    """Candidates of all levels so far, the root first: parents always stand before their children.
+    """Candidates level by level, the root first, each level best first: parents stand before their children.
 
-    `lineage_BPD`: pool indices from the root to each node, which fills the places beyond its own depth.
+    `parents`: places in the pool, the root its own.
     """
 
-    tokens_BP: Tensor
-    joint_BP: Tensor
-    lineage_BPD: Tensor
-    depths_P: list[int]
+    tokens: list[Tensor]
+    joint: list[Tensor]
+    parents: list[Tensor]
 
 
 class DynamicLevelDrafter:
@@ -98,23 +98,25 @@ class DynamicLevelDrafter:
         self._drafted = nodes - 1
         self.max_depth = min(num_heads, self._drafted)
         self._width = min(MAX_CANDIDATES, vocab_size)
-        pool, parents = 1, 1
+        parents = 1
         self._kept: list[int] = []
         self._expanded: list[int] = []
         for depth in range(self.max_depth):
             self._expanded.append(parents)
             self._kept.append(min(self._drafted - depth, parents * self._width))
-            pool += self._kept[-1]
             # p parents of this level with a child each, below a chain: depth + 2p nodes.
             parents = min(self._kept[-1], max(1, (self._drafted - depth) // 2))
-        self.size = min(nodes, pool)
+        self._starts = [0, *accumulate(self._kept, initial=1)]  # where each level begins in the pool
+        self.size = min(nodes, self._starts[-1])
 
     def draft(self, scores: LevelScores, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
-        pool = self._root(roots_B)
+        zero = torch.zeros_like(roots_B)[:, None]
+        pool = _Pool([roots_B[:, None]], [zero.float()], [zero])
+        paths_BNJ = roots_B[:, None, None]
         for depth in range(self.max_depth):
             if self._is_settled(pool):
                 break
-            self._grow(pool, scores, depth, taus[depth])
+            paths_BNJ = self._grow(pool, scores, depth, taus[depth], paths_BNJ)
         return self._choose(pool)
 
     def _is_settled(self, pool: _Pool) -> bool:
@@ -122,60 +124,45 @@ class DynamicLevelDrafter:
 
         On a CPU only: elsewhere asking would make the host wait for the device.
         """
-        if len(pool.depths_P) < self.size or pool.joint_BP.device.type != "cpu":
+        levels = len(pool.joint)
+        if self._starts[levels] < self.size or pool.joint[0].device.type != "cpu":
             return False
-        last = pool.joint_BP[:, 1:].topk(self.size - 1, dim=1).values[:, -1]
-        newest = pool.joint_BP[:, pool.depths_P.index(pool.depths_P[-1])]  # the best of the deepest level
-        return bool((newest <= last).all())
+        last = torch.cat(pool.joint[1:], dim=1).topk(self.size - 1, dim=1).values[:, -1]
+        return bool((pool.joint[-1][:, 0] <= last).all())
 
-    def _root(self, roots_B: Tensor) -> _Pool:
-        zero = torch.zeros_like(roots_B)[:, None]
-        lineage = zero[:, :, None].expand(-1, -1, self.max_depth + 1)
-        return _Pool(roots_B[:, None], zero.float(), lineage, [0])
-
-    def _grow(self, pool: _Pool, scores: LevelScores, depth: int, tau: float) -> None:
-        """Expand the best nodes of `depth`, which come last in the pool, best first; keep the best found."""
-        first = len(pool.depths_P) - (self._kept[depth - 1] if depth else 1)
-        count, width = self._expanded[depth], self._width
-        parents = slice(first, first + count)
-        lineage = pool.lineage_BPD[:, parents]
-        paths = pool.tokens_BP.gather(1, lineage[:, :, : depth + 1].flatten(1)).unflatten(1, (count, -1))
-        best = (scores.score(depth, paths) / tau).log_softmax(dim=-1).topk(width, dim=-1)
+    def _grow(self, pool: _Pool, scores: LevelScores, depth: int, tau: float, paths_BNJ: Tensor) -> Tensor:
+        """Ask for children of the best nodes of `depth`, keep the best; returns the next paths to expand."""
+        log_probs = (scores.score(depth, paths_BNJ) / tau).log_softmax(dim=-1)
+        best = log_probs.topk(self._width, dim=-1)
         # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
-        log_probs = best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
-        joint = (pool.joint_BP[:, parents, None] + log_probs).flatten(1)
+        values = best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
+        joint = (pool.joint[-1][:, : paths_BNJ.shape[1], None] + values).flatten(1)
         kept = joint.topk(self._kept[depth], dim=1)
+        parents = torch.div(kept.indices, self._width, rounding_mode="floor")
         tokens = scores.token_ids(best.indices.flatten(1).gather(1, kept.indices))
-        parent = torch.div(kept.indices, width, rounding_mode="floor")[:, :, None].expand(
-            -1, -1, lineage.shape[2]
-        )
-        start = len(pool.depths_P)
-        own = torch.arange(start, start + self._kept[depth], device=tokens.device)
-        lineage = lineage.gather(1, parent)
-        lineage[:, :, depth + 1 :] = own[:, None]
-        pool.tokens_BP = torch.cat([pool.tokens_BP, tokens], dim=1)
-        pool.joint_BP = torch.cat([pool.joint_BP, kept.values], dim=1)
-        pool.lineage_BPD = torch.cat([pool.lineage_BPD, lineage], dim=1)
-        pool.depths_P += [depth + 1] * self._kept[depth]
+        pool.tokens.append(tokens)
+        pool.joint.append(kept.values)
+        pool.parents.append(parents + self._starts[depth])
+        if depth + 1 == self.max_depth:
+            return paths_BNJ
+        count = self._expanded[depth + 1]
+        above = paths_BNJ.gather(1, parents[:, :count, None].expand(-1, -1, depth + 1))
+        return torch.cat([above, tokens[:, :count, None]], dim=2)
 
     def _choose(self, pool: _Pool) -> DraftTree:
         """The root and the best others; of equals the earlier, hence parents before their children."""
-        order = pool.joint_BP[:, 1:].sort(dim=1, descending=True, stable=True).indices[:, : self.size - 1]
-        chosen = functional.pad(order.sort(dim=1).values + 1, (1, 0))
-        slots, device = chosen.shape[0], chosen.device
-        new_index = torch.zeros_like(pool.tokens_BP)
-        new_index.scatter_(1, chosen, torch.arange(self.size, device=device).expand_as(chosen))
-        wide = chosen[:, :, None].expand(-1, -1, self.max_depth + 1)
-        lineage = new_index.gather(1, pool.lineage_BPD.gather(1, wide).flatten(1)).unflatten(
-            1, (self.size, -1)
-        )
-        depths_BT = torch.tensor(pool.depths_P, device=device)[chosen]
-        above = (depths_BT - 1).clamp_(min=0)[:, :, None]
-        ancestors = torch.zeros(slots, self.size, self.size, dtype=torch.bool, device=device)
+        order = torch.cat(pool.joint[1:], dim=1).sort(dim=1, descending=True, stable=True)
+        chosen = functional.pad(order.indices[:, : self.size - 1].sort(dim=1).values + 1, (1, 0))
+        tokens, parents = torch.cat(pool.tokens, dim=1), torch.cat(pool.parents, dim=1)
+        new_place = torch.zeros_like(tokens)
+        new_place.scatter_(1, chosen, torch.arange(self.size, device=tokens.device).expand_as(chosen))
+        parents_BT = new_place.gather(1, parents.gather(1, chosen))
+        ancestors, far = torch.eye(self.size, dtype=torch.bool, device=tokens.device), parents_BT
+        ancestors_BTT = ancestors.expand(tokens.shape[0], -1, -1)
+        for _ in range(self.max_depth.bit_length()):  # each round reaches twice as far up
+            rows = far[:, :, None].expand(-1, -1, self.size)
+            ancestors_BTT = ancestors_BTT | ancestors_BTT.gather(1, rows)
+            far = far.gather(1, far)
         return DraftTree(
-            pool.tokens_BP.gather(1, chosen),
-            depths_BT,
-            lineage.gather(2, above)[:, :, 0],
-            ancestors.scatter_(2, lineage, True),
-            self.max_depth,
+            tokens.gather(1, chosen), ancestors_BTT.sum(dim=2) - 1, parents_BT, ancestors_BTT, self.max_depth
         )
