@@ -78,13 +78,16 @@ def calibrate(
         raise ConfigError("--table-run needs --from-table")
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.calibration.plots import check_matplotlib
+    from medusa_core.loading import heads_source
 
     if plot is not None:
         check_matplotlib()
     if plot_only:
         result = _stored(model, heads, out)
     elif from_table is not None:
-        result = _from_table(from_table, table_run, _destination(model, heads, out))
+        result = _from_table(
+            from_table, table_run, _destination(model, heads, out), heads_source(model, heads)
+        )
     else:
         config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
         measuring = _Measuring(prompts, limit, max_tokens, _parse_temperatures(temperatures), seed)
@@ -118,7 +121,7 @@ def _measure(
         max_tokens=measuring.max_tokens, temperatures=measuring.temperatures, seed=measuring.seed
     )
     conversations = load_prompts(measuring.prompts or DEFAULT_PROMPTS, measuring.limit)
-    engine = options.load_engine(model, heads, config)
+    engine = options.load_engine(model, heads, config, calibrated=False)
     target = destination(engine.info.heads, out)
     with Console(stderr=True).status("calibrating") as status:
         result = run(engine, conversations, settings, lambda text: status.update(text))
@@ -130,14 +133,20 @@ def _measure(
     return result
 
 
-def _from_table(file: Path, run: str | None, target: Path) -> "HeadCalibration":
+def _from_table(file: Path, run: str | None, target: Path, heads: str | Path | None) -> "HeadCalibration":
     """What others measured of these heads. Which tree is fastest here, the engine finds when it starts."""
     from rich.console import Console
 
     from medusa_core.accuracy import save_calibration
     from medusa_core.calibration.tables import read_accuracy_table
+    from medusa_core.checkpoints.head_files import read_heads
+    from medusa_core.checkpoints.reading import parse_weights
 
     result = read_accuracy_table(file, run)
+    assert heads is not None  # else there is no destination
+    held = parse_weights(read_heads(heads)).num_heads
+    if held != result.num_heads:
+        raise DataError(f"{file} is about {result.num_heads} heads, {heads} holds {held}")
     path = save_calibration(result, target)
     console = Console()
     console.print(accuracy_table(result))

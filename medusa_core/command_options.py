@@ -156,7 +156,7 @@ class SamplingOptions:
         )
 
 
-def load_engine(model: str, heads: str | None, config: EngineConfig) -> "Engine":
+def load_engine(model: str, heads: str | None, config: EngineConfig, *, calibrated: bool = True) -> "Engine":
     """The engine for a command at a terminal, with a note on what is happening meanwhile."""
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -165,4 +165,4 @@ def load_engine(model: str, heads: str | None, config: EngineConfig) -> "Engine"
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
     with Console(stderr=True).status("loading the model and measuring step times"):
-        return Engine.from_pretrained(model, heads=heads, config=config)
+        return Engine.from_pretrained(model, heads=heads, config=config, calibrated=calibrated)

@@ -90,7 +90,7 @@ def distill(
         ),
     ] = ENDPOINT_DEFAULTS.retry_delay,
     timeout: Annotated[
-        float, typer.Option(help="Seconds to wait for an answer.", rich_help_panel=ENDPOINT_PANEL)
+        float, typer.Option(help="Seconds without a byte of an answer.", rich_help_panel=ENDPOINT_PANEL)
     ] = ENDPOINT_DEFAULTS.timeout,
     model: options.ModelOption = str(EMBEDDED_MODEL),
     heads: options.HeadsOption = None,

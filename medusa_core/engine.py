@@ -69,13 +69,16 @@ class Engine:
         *,
         heads: str | Path | None = None,
         config: EngineConfig | None = None,
+        calibrated: bool = True,
     ) -> "Engine":
         """Load from a directory or Hub name. `heads` None uses those beside the model; "none" uses none.
+
+        `calibrated` False leaves out what calibration.json says, to calibrate anew.
 
         Raises `CheckpointError`, `TokenizerError`, `TreeError` or `ConfigError`, each saying what to change.
         """
         config = config or EngineConfig()
-        return cls(load_parts(model, heads, config), config)
+        return cls(load_parts(model, heads, config, calibrated=calibrated), config)
 
     @classmethod
     def from_parts(

@@ -36,10 +36,13 @@ class EngineParts:
     heads_name: str | None
 
 
-def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig) -> EngineParts:
+def load_parts(
+    model: str | Path, heads: str | Path | None, config: EngineConfig, *, calibrated: bool = True
+) -> EngineParts:
     """Load all parts. `heads`: a directory, a file, a Hub name, or the name of a folder beside the model.
 
-    None takes the best set beside the model, "none" means no heads.
+    None takes the best set beside the model, "none" means no heads. `calibrated` False leaves out what is
+    known about them, to find it anew.
     """
     device = resolve_device(config.device)
     chat = load_chat_tokenizer(model, config.chat_template)
@@ -59,7 +62,7 @@ def load_parts(model: str | Path, heads: str | Path | None, config: EngineConfig
         dtype=dtype,
         device=device,
     )
-    calibration = _calibration_beside(source)
+    calibration = _calibration_beside(source) if calibrated else None
     if calibration is not None and calibration.num_heads != loaded.num_heads:
         raise CheckpointError(
             f"{source}: calibration.json is for {calibration.num_heads} heads, the file holds "

@@ -12,7 +12,6 @@ head's hits by the same number of positions, though later heads have fewer; the 
 
 import csv
 import math
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -23,12 +22,14 @@ import torch
 from torch import Tensor
 
 from medusa_core.accuracy import HeadCalibration
+from medusa_core.checkpoints.weight_files import UNPICKLING_FAILURES
 from medusa_core.errors import DataError
 
 RUN_COLUMN = re.compile(r"(?:^|/)medusa(\d+)_top(\d+)$")
 HEAD_COLUMN = re.compile(r"top(\d+)$")
 TENSOR_SUFFIXES = (".pt", ".pth", ".bin")
 DECIMALS = 6
+MAX_COUNT = 2**63
 
 Row = Mapping[str, str]
 
@@ -44,7 +45,7 @@ def read_accuracy_table(path: Path, run: str | None = None) -> HeadCalibration:
             return _from_tensors(path, torch.load(path, map_location="cpu", weights_only=True))
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error, pickle.UnpicklingError, RuntimeError) as error:
+    except (OSError, csv.Error, *UNPICKLING_FAILURES) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(f"cannot read the accuracy table {path}: {reason}") from error
     if not rows:
@@ -70,7 +71,7 @@ def _from_heads(path: Path, rows: Sequence[Row]) -> HeadCalibration:
     if not any(HEAD_COLUMN.match(name or "") for name in rows[0]):
         raise DataError(f"{path} has neither columns top1, top2, ... nor ones ending in medusa0_top1, ...")
     accuracies, counts = [], []
-    for head, row in enumerate(rows):
+    for head, row in enumerate(_in_order(path, rows)):
         tops = {
             int(found[1]): _share(path, name, text)
             for name, text in row.items()
@@ -82,6 +83,18 @@ def _from_heads(path: Path, rows: Sequence[Row]) -> HeadCalibration:
     if counts and len(counts) < len(accuracies):
         raise DataError(f"{path} has a count for some heads and not for others")
     return HeadCalibration(accuracies=tuple(accuracies), counts=tuple(counts))
+
+
+def _in_order(path: Path, rows: Sequence[Row]) -> list[Row]:
+    """Rows by their column `head`, counted from 0 or 1; as they stand where there is no such column."""
+    if "head" not in rows[0]:
+        return list(rows)
+    by_head = {str(row["head"]).strip(): row for row in rows}
+    for first in (0, 1):
+        names = [str(head) for head in range(first, first + len(rows))]
+        if by_head.keys() == set(names):
+            return [by_head[name] for name in names]
+    raise DataError(f"{path}: column head must count the rows from 0 or 1, not {', '.join(by_head)}")
 
 
 def _from_tensors(path: Path, heads: Any) -> HeadCalibration:
@@ -126,6 +139,6 @@ def _share(path: Path, name: str, text: str | None) -> float:
 
 
 def _count(path: Path, text: str) -> int:
-    if not text.strip().isdecimal() or int(text) == 0:
+    if not text.strip().isdecimal() or not 0 < int(text) < MAX_COUNT:
         raise DataError(f"{path}: count must be a whole number above 0, not {text!r}")
     return int(text)

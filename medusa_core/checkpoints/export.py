@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
@@ -72,10 +73,13 @@ def convert_heads(
     if base is not None:
         _check_fits(file.source, weights, base)
     conversion = Conversion(file, weights, base, model or _stated_base(file, source))
-    written = EXPORTERS[target](conversion, folder)
     calibration = fetch_beside(source, CALIBRATION_FILE)
-    if target == "safetensors" and calibration is not None:
-        shutil.copyfile(calibration, folder / CALIBRATION_FILE)
+    try:
+        written = EXPORTERS[target](conversion, folder)
+        if target == "safetensors" and calibration is not None:
+            shutil.copyfile(calibration, folder / CALIBRATION_FILE)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write to {folder}: {error}") from error
     return written
 
 

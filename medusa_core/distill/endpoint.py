@@ -124,7 +124,7 @@ def _reply(response: httpx.Response) -> Reply:
         if not isinstance(text, str) or not isinstance(tokens, int):
             raise TypeError("its content or usage has another type")
         text.encode()
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _RetryError(f"the answer is no chat completion: {error!r}") from error
     return Reply(text, None if reason in COMPLETE else str(reason), tokens)
 
@@ -136,7 +136,7 @@ def _reason(response: httpx.Response) -> str:
         data = response.json()
         error = data.get("error", data)
         message = error if isinstance(error, str) else error.get("message", message)
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         pass  # no JSON: the plain text is all there is
     words = " ".join(str(message).split())[:SHOWN_CHARACTERS]
     return f"HTTP {response.status_code}: {words}" if words else f"HTTP {response.status_code}"

@@ -119,7 +119,7 @@ def _seed_rows(file: BinaryIO) -> set[int]:
         for number, line in enumerate(lines, start=1):
             try:
                 rows.add(int(json.loads(line)["seed_row"]))
-            except (ValueError, TypeError, LookupError) as error:
+            except (ValueError, TypeError, LookupError, RecursionError) as error:
                 raise DataError(f"{file.name}:{number} is damaged ({error!r}): remove the line") from error
     return rows
 
@@ -128,7 +128,7 @@ def _check_settings(path: Path, record: Record) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} is not the record of a run: {error}") from error
     if names:
         changes = ", ".join(f"{name}: {found.get(name)!r} then, {record.get(name)!r} now" for name in names)

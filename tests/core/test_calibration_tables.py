@@ -59,6 +59,15 @@ def test_a_row_per_head(tmp_path: Path) -> None:
     assert read_accuracy_table(counted) == HeadCalibration(accuracies=((0.5,), (0.25,)), counts=(100, 90))
 
 
+def test_rows_go_by_the_column_head(tmp_path: Path) -> None:
+    mixed = write_heads(tmp_path / "a.csv", "head,top1\n3,0.25\n1,0.75\n2,0.5\n")
+    assert read_accuracy_table(mixed).accuracies == ((0.75,), (0.5,), (0.25,))
+    for heads in ("0\n0", "0\n2", "a\nb"):
+        rows = "".join(f"{head},0.5\n" for head in heads.split())
+        with pytest.raises(DataError, match="column head must count the rows from 0 or 1"):
+            read_accuracy_table(write_heads(tmp_path / "b.csv", f"head,top1\n{rows}"))
+
+
 def test_hit_tensors_have_their_own_denominators(tmp_path: Path) -> None:
     """What `heads_accuracy.py` saves: later heads have fewer positions."""
     first = torch.zeros(20, 3, dtype=torch.bool)
@@ -82,6 +91,7 @@ def test_hit_tensors_have_their_own_denominators(tmp_path: Path) -> None:
         ("head,top1\n0,1.5\n", "not '1.5'"),
         ("head,top1,top2\n0,0.5\n", "top2 must be a share between 0 and 1, not None"),
         ("head,top1,count\n0,0.5,some\n", "count must be a whole number"),
+        (f"head,top1,count\n0,0.5,{'9' * 400}\n", "count must be a whole number"),
         ("head,top1,count\n0,0.5,3\n1,0.4,\n", "a count for some heads"),
         ("x/medusa1_top1\n0.5\n", "skips a head"),
     ],
@@ -110,6 +120,10 @@ def test_files_that_are_no_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(DataError, match="cannot read"):
         read_accuracy_table(tmp_path / "zip.pt")
     assert not (tmp_path / "executed").exists()
+    for content in (b"", b"\x80"):
+        (tmp_path / "short.pt").write_bytes(content)
+        with pytest.raises(DataError, match="cannot read"):
+            read_accuracy_table(tmp_path / "short.pt")
     for value in ([], {"a": 1}, [torch.zeros(3)], [torch.zeros(0, 3)]):
         torch.save(value, tmp_path / "other.pt")
         with pytest.raises(DataError, match="no list of hit tensors"):
@@ -144,6 +158,16 @@ def test_heads_with_a_table_decode_with_its_tree(
     other = tmp_path / "elsewhere"
     calibrate("--from-table", write_heads(tmp_path / "t.csv"), "--out", other, *where)
     assert load_calibration(other) == load_calibration(heads)
+
+
+def test_a_table_of_other_heads_is_refused(
+    tmp_path: Path, tiny_model_dir: Path, random_heads: MedusaHeads
+) -> None:
+    save_heads(random_heads, tmp_path / "heads", base_model="tiny")
+    table = write_heads(tmp_path / "t.csv", "head,top1\n0,0.5\n")
+    with pytest.raises(DataError, match="t.csv is about 1 heads, .*heads holds 4"):
+        calibrate("--from-table", table, "--model", tiny_model_dir, "--heads", tmp_path / "heads")
+    assert load_calibration(tmp_path / "heads") is None
 
 
 def test_mistakes(tmp_path: Path, tiny_model_dir: Path) -> None:

@@ -235,6 +235,8 @@ def test_nothing_is_overwritten(tmp_path: Path, lm_head: Tensor, tiny_model_dir:
         with pytest.raises(CheckpointError, match="is not an empty directory: name a new one"):
             convert_heads(source, out, "vllm")
     assert (model / "model.safetensors").read_bytes() == before
+    with pytest.raises(CheckpointError, match="cannot write to .*Not a directory"):
+        convert_heads(source, source / "config.json" / "below", "safetensors")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -141,6 +141,8 @@ def test_the_request_and_the_answer(chat_server: ChatServer) -> None:
         (502, {}, "<html>bad gateway</html>"),
         (0, {}, ""),
         (200, {}, "no json"),
+        (200, {}, "[" * 100_000),
+        (500, {}, "[" * 100_000),
         (200, {}, {"choices": []}),
         (200, {}, {"choices": [{"message": {"content": 5}, "finish_reason": "stop"}]}),
         (200, {}, '{"choices": [{"message": {"content": "\\ud800"}, "finish_reason": "stop"}]}'),
