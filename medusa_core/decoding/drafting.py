@@ -178,8 +178,8 @@ class DynamicDrafter:
         """Tokens and log-probabilities of every head's best ranks, flattened; a zero follows the latter."""
         scores = scores_BKV[:, : self.max_depth]
         scores = scores / _divisors(taus[: self.max_depth], scores.device)
-        best = scores.topk(self._width, dim=-1)
-        log_probs = (best.values - scores.logsumexp(dim=-1, keepdim=True)).flatten(1)
+        best = scores.log_softmax(dim=-1).topk(self._width, dim=-1)
+        log_probs = best.values.flatten(1)
         # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
         log_probs = log_probs.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
         return best.indices.flatten(1), functional.pad(log_probs, (0, 1))
