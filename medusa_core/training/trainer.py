@@ -6,12 +6,16 @@ resuming. A two-stage run of medusa-2 is two runs in a row: heads alone in OUT/s
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
+from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from medusa_core.errors import DataError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
@@ -114,7 +118,8 @@ def _run(
     trainer = _build_trainer(config, task, arguments, model, collator, progress)
     started = time.monotonic()
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        with _writing_to(config.out):
+            trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.stop()
     seconds = time.monotonic() - started
@@ -129,9 +134,19 @@ def _run(
         backbone_after=_backbone_loss(model, task.held_out, config) if is_first else None,
     )
     if is_first:
-        save_result(recorded, model, tuned, task.chat, report)
+        with _writing_to(config.out):
+            save_result(recorded, model, tuned, task.chat, report)
     trainer.accelerator.wait_for_everyone()  # a second stage reads what the first process wrote
     return report
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    """A full disk is no fault of ours."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cannot write to {out}: {error}") from error
 
 
 def _build_trainer(

@@ -239,9 +239,10 @@ def test_other_settings_or_files_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"other settings \(seed: 0 then, 1 now\)"):
         Journal(out, RECORD | {"seed": 1})
     record = tmp_path / "out.jsonl.settings.json"
-    record.write_text("[]")
-    with pytest.raises(ConfigError, match="not the record of a run"):
-        Journal(out, RECORD)
+    for content in ("[]", "[" * 100_000):
+        record.write_text(content)
+        with pytest.raises(ConfigError, match="not the record of a run"):
+            Journal(out, RECORD)
     record.unlink()
     with pytest.raises(ConfigError, match="not a run to resume"):
         Journal(out, RECORD)

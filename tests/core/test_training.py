@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.checkpoints import load_heads
-from medusa_core.errors import ConfigError
+from medusa_core.errors import ConfigError, DataError
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.tokenizer import load_chat_tokenizer
 from medusa_core.training.batches import ExampleDataset
@@ -195,6 +195,10 @@ def test_folders_that_cannot_take_the_result(config: TrainConfig, tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="cannot write to .*file/heads: Not a directory"):
         train_heads(replace(config, out=tmp_path / "file" / "heads"))
+    (tmp_path / "late" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "late" / "checkpoints" / "checkpoint-1").touch()
+    with pytest.raises(DataError, match="cannot write to .*late: .*File exists"):
+        train_heads(replace(config, out=tmp_path / "late", max_steps=1))
     with pytest.raises(ConfigError, match="is the model's own folder"):
         train_heads(replace(config, out=Path(config.model)))
     with pytest.raises(ConfigError, match="holds a whole model"):
