@@ -178,6 +178,7 @@ def test_broken_files_are_refused_by_key(tmp_path: Path, text: str, reason: str)
         ({"self_distill": True}, "self_distill is for recipe medusa-2"),
         ({"self_distill": True, "recipe": "medusa-2", "tune": "full"}, "would need a second copy"),
         ({"gradient_checkpointing": True}, "gradient_checkpointing is for recipe medusa-2"),
+        ({"joint": "sine", "lora_rank": 4, "recipe": "hydra"}, "joint, lora_rank are for recipe medusa-2"),
         ({"max_steps": 1, "recipe": "medusa-2"}, "max_steps must be at least 2"),
         ({"shared_output": True, "recipe": "medusa-2", "tune": "full"}, "shared_output needs a frozen"),
     ],
