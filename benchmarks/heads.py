@@ -114,7 +114,7 @@ def main(
         "prompts": {"file": str(prompts), "count": len(ids), "max_tokens": MAX_TOKENS, "seed": SEED},
         "machine": machine_facts() | {"system": platform.platform()},
     }
-    Console().print(table(result))
+    Console(width=120).print(table(result))
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 

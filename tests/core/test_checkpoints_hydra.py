@@ -357,6 +357,6 @@ def test_which_file_counts_where_two_kinds_lie_together(tmp_path: Path) -> None:
 
 def test_sets_beside_a_model_in_their_order(tmp_path: Path) -> None:
     module = published(1, prefix=False)
-    for name in ("medusa-1", "hydra", "hydra++", "heads"):
+    for name in ("medusa-1", "hydra++", "hydra", "heads"):
         write(tmp_path / name, module)
         assert find_heads(tmp_path) == tmp_path / name
