@@ -19,8 +19,8 @@ from medusa_core.errors import CheckpointError
 HYDRA_FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt")  # in order of preference
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".bin")
-# Folders beside a model, the first of which is its default: Hydra++ has the longer runs, but on the demo model
-# and at the 1.2 B shape its deeper heads cost more than that gains (benchmarks/heads.py).
+# Folders beside a model, the first of which is its default. Hydra++ has the longer runs, but on the demo
+# model and at the 1.2 B shape its deeper heads cost more than they gain (benchmarks/heads.py).
 SETS = ("heads", "hydra", "hydra++", "medusa-1")
 MODEL_PREFIXES = (HEAD_PREFIX, MODELOPT_PREFIX)  # of heads among a whole model's weights
 CONFIG_FILE = "config.json"
