@@ -12,7 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from medusa_core.errors import ConfigError
-from medusa_core.training.config import JOINT_PANEL, JointMode, Recipe, TrainConfig
+from medusa_core.training.config import JOINT_PANEL, JointMode, Recipe, TrainConfig, Tune
 
 _HYDRA: Mapping[str, Any] = {
     "decay": 1.0,
@@ -46,23 +46,24 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
         raise ConfigError(f"{', '.join(missing)} must be given, as an option or in the --config file")
     recipe = given.get("recipe", Recipe.MEDUSA_1)
     if recipe != Recipe.MEDUSA_2:
-        _refuse_joint(given)
+        joint = [spec.name for spec in fields(TrainConfig) if spec.metadata["panel"] == JOINT_PANEL]
+        _refuse(given, joint, "recipe medusa-2, which trains the backbone too")
+    if given.get("joint", JointMode.TWO_STAGE) != JointMode.TWO_STAGE:
+        _refuse(given, ["stage_one"], "two-stage runs")
+    if given.get("tune", Tune.LORA) != Tune.LORA:
+        _refuse(given, ["lora_rank", "lora_alpha", "lora_dropout"], "LoRA")
     defaults = dict(RECIPES[recipe])
     if recipe == Recipe.MEDUSA_2:
         defaults |= JOINT_MODES[given.get("joint", JointMode.TWO_STAGE)]
     return TrainConfig(**(defaults | given))
 
 
-def _refuse_joint(given: Mapping[str, Any]) -> None:
-    """Settings of how the backbone learns would do nothing where it does not."""
-    names = [
-        spec.name
-        for spec in fields(TrainConfig)
-        if spec.metadata["panel"] == JOINT_PANEL and given.get(spec.name, spec.default) != spec.default
-    ]
-    if names:
-        verb = "is" if len(names) == 1 else "are"
-        raise ConfigError(f"{', '.join(names)} {verb} for recipe medusa-2, which trains the backbone too")
+def _refuse(given: Mapping[str, Any], names: list[str], whose: str) -> None:
+    """Settings that would do nothing in this run are refused."""
+    default = {spec.name: spec.default for spec in fields(TrainConfig)}
+    unused = [name for name in names if given.get(name, default[name]) != default[name]]
+    if unused:
+        raise ConfigError(f"{', '.join(unused)} {'is' if len(unused) == 1 else 'are'} for {whose}")
 
 
 def read_config_file(path: Path) -> dict[str, Any]:

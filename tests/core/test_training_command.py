@@ -181,6 +181,8 @@ def test_broken_files_are_refused_by_key(tmp_path: Path, text: str, reason: str)
         ({"joint": "sine", "lora_rank": 4, "recipe": "hydra"}, "joint, lora_rank are for recipe medusa-2"),
         ({"max_steps": 1, "recipe": "medusa-2"}, "max_steps must be at least 2"),
         ({"shared_output": True, "recipe": "medusa-2", "tune": "full"}, "shared_output needs a frozen"),
+        ({"stage_one": 0.2, "recipe": "medusa-2", "joint": "sine"}, "stage_one is for two-stage runs"),
+        ({"lora_rank": 8, "recipe": "medusa-2", "tune": "full"}, "lora_rank is for LoRA"),
     ],
 )
 def test_settings_that_do_not_go_together(flags: dict[str, object], reason: str) -> None:
