@@ -20,7 +20,8 @@ class EngineConfig:
     """How an engine is built.
 
     `dtype` "auto": on CUDA the checkpoint's 16-bit type (bfloat16 for float32 ones), on a CPU bfloat16 if it
-    multiplies that natively and float32 otherwise. `device` "auto" is CUDA if there is one. `max_length`
+    multiplies that natively and float32 otherwise. `device` "auto" is CUDA if there is one ("auto:N": its
+    device N). `max_length`
     (tokens, prompt and answer) defaults to the model's context, at most `DEFAULT_CONTEXT_LIMIT`. `tree_nodes`
     (root included) None lets calibration and measured step times choose; 1 turns speculation off.
     `static_tree` (a published name or a JSON file) replaces the tree grown from the heads' accuracies as what

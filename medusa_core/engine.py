@@ -197,7 +197,7 @@ class Engine:
     def _advance(self, sequence: Sequence) -> StepOutput:
         try:
             return self._prefill(sequence) if sequence.state is None else self._decode(sequence)
-        except (MedusaError, RuntimeError, ValueError, LookupError, TypeError) as error:
+        except (MedusaError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device context is lost: nothing here can go on
             return failed(sequence.request_id, error)

@@ -103,9 +103,12 @@ def calibration_or_default(calibration: HeadCalibration | None, heads: DraftHead
 
 
 def resolve_device(name: str) -> torch.device:
-    """A torch device; "auto" is CUDA if there is one."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """A torch device; "auto" is CUDA if there is one, "auto:N" then CUDA device N."""
+    kind, _, index = name.partition(":")
+    if kind == "auto" and (index.isdecimal() or name == "auto"):
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{index}" if index else "cuda"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -108,7 +108,8 @@ class StepOutput:
     """Tokens one request gained in one step; the last output of a request carries `finish_reason`.
 
     `error` is set with `FinishReason.ERROR` only: a message for the log, not for the client. `stop_token_id`
-    is the EOS or stop id that ended the sequence; it is not among `token_ids`.
+    is the EOS or stop id that ended the sequence; it is not among `token_ids`. `out_of_memory`: that was the
+    error.
     """
 
     request_id: str
@@ -117,6 +118,7 @@ class StepOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: str | None = None
+    out_of_memory: bool = False
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

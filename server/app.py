@@ -1,23 +1,29 @@
 """Assembles the FastAPI application."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from http import HTTPStatus
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 
 import medusa_core
+from medusa_core.errors import ConfigError
 from server import errors
+from server.auth import RequireKey, load_keys
 from server.errors import ApiError
-from server.middleware import BodyLimit, RequestContext
+from server.limits import BodyRefused, RequestLimits, handle_body_refused
+from server.middleware import RequestContext, ShapeCrashes
+from server.operations import serve_operations
 from server.responses import error_response
 from server.routes import chat, health, metrics, models
 from server.runtime import Runtime
-from server.settings import Settings
+from server.settings import Settings, split_list
+from server.sockets import bind
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -31,19 +37,61 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(ApiError, _handle_api_error)
     app.add_exception_handler(RequestValidationError, _handle_validation_error)
     app.add_exception_handler(HTTPException, _handle_http_exception)
-    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
-    app.add_middleware(RequestContext, metrics=runtime.metrics)
+    app.add_exception_handler(BodyRefused, handle_body_refused)
+    _add_layers(app, runtime)
     return app
+
+
+def _add_layers(app: FastAPI, runtime: Runtime) -> None:
+    """What a request passes before it reaches a route, the innermost first."""
+    settings = runtime.settings
+    app.add_middleware(
+        RequestLimits,
+        max_header_bytes=settings.max_header_bytes,
+        max_body_bytes=settings.max_body_bytes,
+        body_timeout=settings.body_timeout,
+    )
+    keys = load_keys(settings)
+    if keys is not None:
+        app.add_middleware(RequireKey, keys=keys)
+    app.add_middleware(ShapeCrashes)
+    if settings.cors_origins is not None:
+        # Before keys are asked for: a browser's preflight cannot carry one. Cookies are never accepted.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=split_list(settings.cors_origins),
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("x-request-id", "retry-after", "x-should-retry"),
+        )
+    app.add_middleware(RequestContext, metrics=runtime.metrics)
 
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     runtime: Runtime = app.state.runtime
-    runtime.start()
-    try:
+    settings = runtime.settings
+    async with AsyncExitStack() as stack:
+        try:
+            if settings.metrics_port is not None:
+                listener = bind(settings.host, settings.metrics_port)
+                await stack.enter_async_context(serve_operations(_operations_app(runtime), listener))
+            runtime.start()
+        except ConfigError as error:
+            runtime.start_error = ConfigError(f"no operations port: {error}")
+        # Before the operations port closes: a drain can be watched to its end.
+        stack.push_async_callback(runtime.stop)
         yield
-    finally:
-        await runtime.stop()
+
+
+def _operations_app(runtime: Runtime) -> FastAPI:
+    """Probes and metrics alone, without keys: its port is for the machine's own network."""
+    app = FastAPI(title="Medusa operations", openapi_url=None)
+    app.state.runtime = runtime
+    app.include_router(health.router)
+    app.include_router(metrics.router)
+    app.add_exception_handler(HTTPException, _handle_http_exception)
+    return app
 
 
 async def _handle_api_error(request: Request, error: Exception) -> Response:
@@ -65,8 +113,6 @@ async def _handle_http_exception(request: Request, error: Exception) -> Response
             refusal = ApiError(404, f"Invalid URL ({line}).", code="unknown_url")
         case HTTPStatus.METHOD_NOT_ALLOWED:
             refusal = ApiError(405, f"Method not allowed ({line}).", code="method_not_allowed")
-        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            refusal = errors.too_large(request.app.state.runtime.settings.max_body_bytes)
         case status:
             refusal = ApiError(status, "The body of the request could not be read.", code="invalid_body")
     response = error_response(refusal)

@@ -47,6 +47,11 @@ class ApiError(Exception):
         return ErrorResponse(self.detail)
 
     @property
+    def label(self) -> str:
+        """What metrics and logs call it: the code, or the type where there is none."""
+        return self.detail.code or self.detail.type
+
+    @property
     def headers(self) -> dict[str, str]:
         headers = {}
         if self.retry_after is not None:
@@ -64,6 +69,33 @@ def invalid(message: str, param: str | None = None, code: str | None = "invalid_
 def model_not_found(name: str) -> ApiError:
     """404: not the model we serve."""
     return ApiError(404, f"The model '{_cut(name)}' does not exist.", param="model", code="model_not_found")
+
+
+def bad_key(*, is_missing: bool) -> ApiError:
+    """401: no API key, or an unknown one; which, and how near it came, is not told."""
+    message = (
+        "You didn't provide an API key; send one as Authorization: Bearer YOUR_KEY."
+        if is_missing
+        else "Incorrect API key provided."
+    )
+    return ApiError(401, message, code="invalid_api_key")
+
+
+def body_timeout(seconds: float) -> ApiError:
+    """408: the body did not arrive whole in time."""
+    return ApiError(
+        408, f"The request body did not arrive within {seconds:g} seconds.", code="request_timeout"
+    )
+
+
+def headers_too_large(limit: int) -> ApiError:
+    """431: request line and headers exceed the limit in bytes."""
+    return ApiError(431, f"The request headers exceed {limit} bytes.", code="headers_too_large")
+
+
+def malformed() -> ApiError:
+    """400: what came was not HTTP."""
+    return ApiError(400, "Invalid HTTP request received.", code="invalid_http")
 
 
 def too_large(limit: int) -> ApiError:
@@ -95,6 +127,17 @@ def generation_failed() -> ApiError:
         kind="server_error",
         code="generation_failed",
         should_retry=False,
+    )
+
+
+def out_of_memory() -> ApiError:
+    """503: the device had no room for this request's next step; another time it may."""
+    return ApiError(
+        503,
+        "The server ran out of memory on this request; try again, or with fewer tokens.",
+        kind="server_error",
+        code="out_of_memory",
+        retry_after=RETRY_LATER,
     )
 
 

@@ -1,25 +1,29 @@
 """Listening sockets and a uvicorn server that drains on SIGTERM before it shuts down."""
 
+import contextlib
 import logging
-import socket
+import signal
+import threading
+from collections.abc import Callable, Generator, Iterator
 from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
 
-from medusa_core.errors import ConfigError, MedusaError
+from medusa_core.errors import MedusaError
 from server.app import create_app
+from server.http_protocol import build_protocol
 from server.runtime import Runtime
 from server.settings import Settings
+from server.sockets import BACKLOG, bind
 
 logger = logging.getLogger(__name__)
 
-BACKLOG = 2048
 FLUSH_SECONDS = 5  # for responses that have ended to reach slow readers
 
 
 class DrainingServer(uvicorn.Server):
-    """The first SIGTERM or SIGINT starts a drain, the second ends at once.
+    """The first SIGTERM, SIGINT or SIGHUP starts a drain, the second ends at once.
 
     While it drains, connections still get answers: refusals, health and metrics.
     """
@@ -28,6 +32,11 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._runtime = runtime
         self._num_signals = 0
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        with super().capture_signals(), _handle_hangup(self.handle_exit):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # In a signal handler: leave a mark for `on_tick`, which runs every 0.1 s on the event loop. uvicorn's
@@ -43,31 +52,27 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter) or has_ended
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises `ConfigError` if the address is taken or not ours."""
+@contextlib.contextmanager
+def _handle_hangup(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """The terminal that goes drains too, unless `nohup` has said that it does not matter."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, handler)
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
-        )[0]
-        # With its protocol named, as asyncio turns Nagle's algorithm off for such sockets only: otherwise the
-        # second chunk of a stream waits for the client's delayed acknowledgement of the first, 40 ms.
-        listener = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror}") from error
-    return listener
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def build_server(app: FastAPI) -> DrainingServer:
     """A server for an app of `create_app`; `run(sockets=[listener])` runs it."""
+    settings: Settings = app.state.runtime.settings
     config = uvicorn.Config(
         app,
+        http=build_protocol(settings.body_timeout),
+        h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,
         lifespan="on",
         ws="none",

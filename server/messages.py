@@ -62,6 +62,13 @@ class Ready(Struct, frozen=True, tag=True):
     defaults: SamplingParams
 
 
+class Loading(Struct, frozen=True, tag=True):
+    """What the worker is about to load: a sign of life while it starts."""
+
+    generation: int
+    stage: str
+
+
 class StartFailed(Struct, frozen=True, tag=True):
     """The engine could not be built; the worker leaves. `message` is one readable line."""
 
@@ -86,7 +93,7 @@ class Rejected(Struct, frozen=True, tag=True):
 
 
 Command = Submit | Abort | Shutdown
-Event = Ready | StartFailed | Step | Rejected
+Event = Loading | Ready | StartFailed | Step | Rejected
 
 _encoder = msgspec.msgpack.Encoder()
 _command_decoder: msgspec.msgpack.Decoder[Command] = msgspec.msgpack.Decoder(Command)

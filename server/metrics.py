@@ -1,17 +1,31 @@
 """Every Prometheus metric of the server, named once. One registry an app, so that tests can run several.
 
+Every series carries the label `model`, so that one Prometheus can watch several models.
+
 Estimated speedup of speculation = rate(medusa_baseline_seconds_total) / rate(medusa_decode_seconds_total).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    disable_created_metrics,
+)
+from prometheus_client.metrics_core import Metric
 
+import medusa_core
 from medusa_core.request import FinishReason, SpeculationMode, StepStats
+from server.messages import ModelInfo
 
 REJECTED = "rejected"  # finish reason of requests that never got into the queue (429)
 FINISH_REASONS = (*FinishReason, REJECTED)
+RESTART_REASONS = ("crash", "hang", "load")  # it died, was killed for making no progress, could not load
+WORKER_STATES = ("starting", "ready", "failed")
 
 # fmt: off
 STEP_BUCKETS = (
@@ -32,15 +46,32 @@ def acceptance_length(stats: StepStats) -> int:
     return 1 + sum(stats.accepted)
 
 
+class ModelRegistry(CollectorRegistry):
+    """A registry that adds the label `model` to every sample; prometheus_client has no constant labels."""
+
+    def __init__(self, model: str) -> None:
+        super().__init__()
+        self._model = {"model": model}
+
+    def collect(self) -> Iterable[Metric]:
+        for family in super().collect():
+            family.samples = [
+                sample._replace(labels={**sample.labels, **self._model}) for sample in family.samples
+            ]
+            yield family
+
+
 class ServerMetrics:
     """All metrics and the rules by which a step or a finished request changes them."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: str = "") -> None:
         # Else every counter has a second series that nobody plots.
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self.registry = CollectorRegistry()
+        self.registry = ModelRegistry(model) if model else CollectorRegistry()
+        ProcessCollector(registry=self.registry)
         self._define_work()
         self._define_requests()
+        self._define_workers()
 
     def _define_work(self) -> None:
         """What the engine's steps cost and gained."""
@@ -92,15 +123,75 @@ class ServerMetrics:
         )
         self.queue_depth = gauge("medusa_queue_depth", "Requests waiting for a slot.")
         self.running = gauge("medusa_running", "Requests in a slot.")
-        self.worker_restarts = counter("medusa_worker_restarts", "Worker processes started again.")
+        self.queue_limit = gauge("medusa_queue_limit", "Requests that may wait for a slot.")
+        self._responses = counter(
+            "medusa_http_responses", "HTTP responses by route and status.", ["route", "status"]
+        )
+        self._errors = counter(
+            "medusa_errors", "Errors told to clients, in responses and in streams, by code.", ["code"]
+        )
+        self.out_of_memory = counter(
+            "medusa_out_of_memory", "Requests that failed because the device ran out of memory."
+        )
         self.client_retries = counter(
             "medusa_client_retries", "Requests that OpenAI's SDK marked as retries."
+        )
+
+    def _define_workers(self) -> None:
+        """The processes that decode, and what they serve."""
+        gauge = partial(Gauge, registry=self.registry)
+        self._ready = gauge("medusa_ready", "1 while a request would be served, else 0.")
+        self._workers = gauge("medusa_workers", "Workers by state.", ["state"])
+        self._slots = gauge("medusa_slots", "Slots of the workers that are ready.")
+        restarts = Counter(
+            "medusa_worker_restarts",
+            "Worker processes started again, by what ended the one before.",
+            ["reason"],
+            registry=self.registry,
+        )
+        self.worker_restarts = {reason: restarts.labels(reason) for reason in RESTART_REASONS}
+        self._model_info = gauge(
+            "medusa_model_info",
+            "Always 1; the labels say what is served.",
+            ["heads", "num_heads", "dtype", "device", "context_length", "tree_nodes", "version"],
         )
 
     def watch_queue(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
         """Read the two gauges from their owner at each scrape."""
         self.queue_depth.set_function(depth)
         self.running.set_function(running)
+
+    def watch_workers(
+        self,
+        is_ready: Callable[[], bool],
+        states: Callable[[], Mapping[str, int]],
+        slots: Callable[[], float],
+    ) -> None:
+        """Read the state of the workers from their owner at each scrape; `states` counts `WORKER_STATES`."""
+        self._ready.set_function(is_ready)
+        self._slots.set_function(slots)
+        for state in WORKER_STATES:
+            self._workers.labels(state).set_function(partial(_count_of, states, state))
+
+    def describe_model(self, info: ModelInfo) -> None:
+        """What is served, once it is known."""
+        self._model_info.labels(
+            heads=info.heads or "none",
+            num_heads=info.num_heads,
+            dtype=info.dtype,
+            device=info.device,
+            context_length=info.context_length,
+            tree_nodes=info.tree_nodes,
+            version=medusa_core.__version__,
+        ).set(1)
+
+    def observe_response(self, route: str, status: int) -> None:
+        """Account for one HTTP response; `route` is the pattern, not the path, so that series stay few."""
+        self._responses.labels(route, str(status)).inc()
+
+    def observe_error(self, code: str) -> None:
+        """Account for one error a client was told of."""
+        self._errors.labels(code).inc()
 
     def observe_step(self, stats: StepStats, num_tokens: int) -> None:
         """Account for one engine step that gained `num_tokens` tokens."""
@@ -141,3 +232,7 @@ class ServerMetrics:
             drafted.inc(num_drafted)
             if num_accepted:
                 accepted.inc(num_accepted)
+
+
+def _count_of(states: Callable[[], Mapping[str, int]], state: str) -> float:
+    return states().get(state, 0)

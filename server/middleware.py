@@ -5,20 +5,20 @@ import re
 import secrets
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
 from server.metrics import ServerMetrics
-from server.responses import error_response
+from server.responses import ERROR_CODE, error_response
 
 logger = logging.getLogger(__name__)
 
+UNROUTED = "none"  # of requests that reached no route: unknown paths, refusals before routing
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
-    """Gives every response an `x-request-id`, the client's own if it is sane; shapes crashes like OpenAI."""
+    """Gives every response an `x-request-id`, the client's own if it is sane, and counts it."""
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
@@ -32,51 +32,45 @@ class RequestContext:
         request_id = _request_id(headers.get("x-request-id"))
         if headers.get("x-stainless-retry-count", "0") not in ("", "0"):
             self._metrics.client_retries.inc()
-        has_started = False
 
         async def send_with_id(message: Message) -> None:
-            nonlocal has_started
             if message["type"] == "http.response.start":
-                has_started = True
                 MutableHeaders(scope=message)["x-request-id"] = request_id
+                self._count(scope, message["status"])
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        except Exception:
-            if has_started:
-                raise
-            logger.exception("request %s: %s %s failed", request_id, scope["method"], scope["path"])
-            await error_response(errors.internal())(scope, receive, send_with_id)
+        await self._app(scope, receive, send_with_id)
+
+    def _count(self, scope: Scope, status: int) -> None:
+        self._metrics.observe_response(getattr(scope.get("route"), "path", UNROUTED), status)
+        if ERROR_CODE in scope:
+            self._metrics.observe_error(scope[ERROR_CODE])
 
 
-class BodyLimit:
-    """Refuses bodies above `limit` bytes with a 413, by their declared length or as they come in."""
+class ShapeCrashes:
+    """Turns an exception of ours into a 500 in OpenAI's shape, unless the response has begun."""
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._limit = limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("content-length", "0")
-        if declared.isdigit() and int(declared) > self._limit:
-            await error_response(errors.too_large(self._limit))(scope, receive, send)
-            return
-        received = 0
+        has_started = False
 
-        async def counted_receive() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._limit:
-                # FastAPI lets this one type through while it reads a body.
-                raise HTTPException(413)
-            return message
+        async def noting_send(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
 
-        await self._app(scope, counted_receive, send)
+        try:
+            await self._app(scope, receive, noting_send)
+        except Exception:
+            if has_started:
+                raise
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            await error_response(errors.internal())(scope, receive, noting_send)
 
 
 def _request_id(given: str | None) -> str:

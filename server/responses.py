@@ -4,8 +4,11 @@ from collections.abc import Mapping
 
 import msgspec
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError
+
+ERROR_CODE = "medusa.error_code"  # key of the ASGI scope
 
 _json = msgspec.json.Encoder()
 
@@ -14,5 +17,22 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
     return Response(_json.encode(value), status_code=status, headers=headers, media_type="application/json")
 
 
+class ErrorResponse(Response):
+    """An error's response; leaves the error's code in the scope, where `RequestContext` counts it."""
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(
+            _json.encode(error.body),
+            status_code=error.status,
+            headers=error.headers,
+            media_type="application/json",
+        )
+        self._label = error.label
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[ERROR_CODE] = self._label
+        await super().__call__(scope, receive, send)
+
+
 def error_response(error: ApiError) -> Response:
-    return json_response(error.body, error.status, error.headers)
+    return ErrorResponse(error)

@@ -1,7 +1,6 @@
 """What a running server consists of, and its life: starting, serving, draining, stopped."""
 
 import asyncio
-import contextlib
 import hashlib
 import logging
 import time
@@ -9,9 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
-from prometheus_client import start_http_server
 
-from medusa_core.errors import ConfigError, MedusaError
+from medusa_core.errors import MedusaError
 from medusa_core.request import SpeculationMode
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server import errors
@@ -43,7 +41,7 @@ class Runtime:
         self.settings = settings
         self.model_name = settings.model_name  # once: it depends on what lies on disk
         self.created = int(time.time())
-        self.metrics = ServerMetrics()
+        self.metrics = ServerMetrics(self.model_name)
         self.scheduler = Scheduler(
             queue_limit=settings.queue_limit, request_timeout=settings.request_timeout, metrics=self.metrics
         )
@@ -53,7 +51,6 @@ class Runtime:
         self.is_drained = False
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
         self._tasks: set[asyncio.Task[None]] = set()
-        self._exit = contextlib.ExitStack()
         self.pool = WorkerPool(
             [
                 WorkerConfig(
@@ -61,12 +58,22 @@ class Runtime:
                     heads=settings.heads,
                     engine=settings.engine_config(device),
                     log_level=settings.log_level,
+                    num_workers=len(settings.devices),
                 )
                 for device in settings.devices
             ],
-            PoolPolicy(restart_limit=settings.restart_limit, stall_timeout=settings.stall_timeout),
+            PoolPolicy(
+                restart_limit=settings.restart_limit,
+                stall_timeout=settings.stall_timeout,
+                load_timeout=settings.load_timeout,
+            ),
             self.scheduler,
             self.metrics,
+        )
+        self.metrics.watch_workers(
+            is_ready=lambda: self.why_not_ready() is None,
+            states=self.pool.count_states,
+            slots=lambda: self.pool.num_slots,
         )
 
     def start(self) -> None:
@@ -79,9 +86,10 @@ class Runtime:
             return str(self.start_error)
         if self.is_draining:
             return "the server is shutting down"
-        if self.model is None:
-            return "the model is loading"
-        return self.pool.why_not_ready()
+        reason = self.pool.why_not_ready()
+        if reason is None and self.model is None:
+            return "the tokenizer is loading"
+        return reason
 
     def require_model(self) -> LoadedModel:
         """The model; raises a 503 `ApiError` while it loads and when the server is going down."""
@@ -105,7 +113,6 @@ class Runtime:
             task.cancel()
         await self.pool.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
-        self._exit.close()
 
     def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(coroutine)
@@ -115,7 +122,6 @@ class Runtime:
     async def _load(self) -> None:
         started = time.monotonic()
         try:
-            self._start_metrics_server()
             loop = asyncio.get_running_loop()
             chat, served = await asyncio.gather(
                 loop.run_in_executor(
@@ -138,24 +144,13 @@ class Runtime:
             ),
             fingerprint="fp_" + hashlib.sha256(msgspec.json.encode(served.info)).hexdigest()[:12],
         )
+        self.metrics.describe_model(served.info)
         logger.info(
             "model %s ready after %.1f s: %s",
             self.model_name,
             time.monotonic() - started,
             served.info,
         )
-
-    def _start_metrics_server(self) -> None:
-        host, port = self.settings.host, self.settings.metrics_port
-        if port is None:
-            return
-        try:
-            server, _ = start_http_server(port, addr=host, registry=self.metrics.registry)
-        except OSError as error:
-            raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
-        self._exit.callback(server.server_close)
-        self._exit.callback(server.shutdown)
-        logger.info("metrics on http://%s:%d/metrics", host, server.server_port)
 
     async def _drain(self) -> None:
         timeout = self.settings.drain_timeout

@@ -7,6 +7,8 @@ they survive the loss of a worker, and cancelling one costs nothing.
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
@@ -74,7 +76,9 @@ class Scheduler:
         self._are_workers_gone = False
         self._idle = asyncio.Event()
         self._idle.set()
+        self._num_preparing = 0
         metrics.watch_queue(lambda: len(self._waiting), lambda: len(self._running))
+        metrics.queue_limit.set(queue_limit)
 
     @property
     def num_waiting(self) -> int:
@@ -88,9 +92,23 @@ class Scheduler:
         """Raise what a request that came now would be refused with: no worker (503), no room (429)."""
         if self._are_workers_gone:
             raise _no_worker()
-        if len(self._waiting) >= self._queue_limit and not any(worker.num_free for worker in self._workers):
+        num_free = sum(worker.num_free for worker in self._workers)
+        if len(self._waiting) + self._num_preparing >= self._queue_limit + num_free:
             self._metrics.observe_rejection()
             raise errors.queue_full()
+
+    @contextmanager
+    def preparing(self) -> Iterator[None]:
+        """Hold a place in the queue while a prompt is tokenised, so that long ones cannot pile up before it.
+
+        Raises like `check_room`.
+        """
+        self.check_room()
+        self._num_preparing += 1
+        try:
+            yield
+        finally:
+            self._num_preparing -= 1
 
     def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Job:
         """Accept a request, which gets exactly one end in its mailbox. Raises like `check_room`."""
@@ -140,7 +158,7 @@ class Scheduler:
                 pass
             case FinishReason.ERROR:
                 logger.error("request %s failed on the worker: %s", job.request_id, output.error)
-                self._end(job, Failed(errors.generation_failed()))
+                self._end(job, Failed(self._failure_of(output)))
             case reason:
                 self._end(job, Finished(reason))
 
@@ -201,6 +219,12 @@ class Scheduler:
         if not self._waiting and not self._running:
             self._idle.set()
         self._dispatch()
+
+    def _failure_of(self, output: StepOutput) -> ApiError:
+        if not output.out_of_memory:
+            return errors.generation_failed()
+        self._metrics.out_of_memory.inc()
+        return errors.out_of_memory()
 
     def _count(self, job: Job, output: StepOutput, num_tokens: int) -> None:
         if num_tokens and not job.has_tokens:

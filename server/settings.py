@@ -3,9 +3,10 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
+from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
@@ -35,13 +36,19 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
     port: Port = Field(8000, description="Port to listen on; 0 picks a free one.")
     metrics_port: Port | None = Field(
-        None, description="Serve /metrics on this port of the same host instead."
+        None, description="Operations port: /metrics, /ready and /health apart from the API, without keys."
     )
     dtype: str = Field("auto", description="Weights and arithmetic: auto, float32, bfloat16 or float16.")
     device: str = Field(
         "auto",
         min_length=1,
         description="auto, cpu, cuda or cuda:N; several, comma-separated, start a worker each.",
+    )
+    workers: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Worker processes, one a GPU and all behind one queue; default: one for each device.",
     )
     max_length: int | None = Field(
         None, description="Tokens of prompt and answer together, at most the model's."
@@ -54,6 +61,9 @@ class Settings(BaseSettings):
     drain_timeout: Seconds = Field(30.0, description="Seconds that requests have to finish after SIGTERM.")
     stall_timeout: Seconds = Field(
         120.0, description="Seconds without a step before a busy worker counts as hung."
+    )
+    load_timeout: Seconds = Field(
+        1800.0, description="Seconds without progress before a loading worker counts as hung."
     )
     keepalive: Annotated[float, Field(ge=0, le=1e6)] = Field(
         10.0, description="Seconds between keep-alive comments in a stream; 0 sends none."
@@ -83,25 +93,78 @@ class Settings(BaseSettings):
     restart_limit: int = Field(
         5, ge=0, le=1000, description="Worker restarts in a row without a completed step."
     )
+    api_keys: SecretStr | None = Field(
+        None, description="Keys, comma-separated, of which a request needs one. Better in a file."
+    )
+    api_keys_file: Path | None = Field(None, description="File of such keys, one a line; # begins a comment.")
+    cors_origins: str | None = Field(
+        None, description="Origins, comma-separated, whose pages may call the API; '*' for any. Unset: none."
+    )
+    max_header_bytes: int = Field(
+        16_384, ge=1024, le=2**20, description="Largest request line and headers together."
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body.")
+    body_timeout: Seconds = Field(
+        60.0, description="Seconds a client has to send its headers, and again for its body."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
+    log_prompts: bool = Field(False, description="Log messages and answers, and add them to traces.")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector (http://host:4318) for traces; needs medusa-serve[otel].",
+    )
 
     @field_validator("device")
     @classmethod
     def _check_devices(cls, device: str) -> str:
-        if not all(part.strip() for part in device.split(",")):
+        if not all(split_list(device)):
             raise ValueError("a device name is missing beside a comma")
         return device
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: str | None) -> str | None:
+        for origin in split_list(origins or "*"):
+            if origin != "*" and not _is_origin(origin):
+                raise ValueError("an origin is '*' or scheme://host[:port] and nothing behind it")
+        return origins
+
+    @field_validator("otlp_endpoint")
+    @classmethod
+    def _check_endpoint(cls, endpoint: str | None) -> str | None:
+        if endpoint is None:
+            return None
+        parts = urlsplit(endpoint)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError("must be a URL such as http://127.0.0.1:4318")
+        return endpoint
+
     @model_validator(mode="after")
     def _check_engine_config(self) -> Self:
-        self.engine_config(self.devices[0])
+        try:
+            self.engine_config(self.devices[0])
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+        return self
+
+    @model_validator(mode="after")
+    def _check_workers(self) -> Self:
+        named = split_list(self.device)
+        if self.workers not in (None, len(named)) and (len(named) > 1 or ":" in self.device):
+            raise ValueError(
+                f"{PREFIX}WORKERS is {self.workers}, but {PREFIX}DEVICE names {len(named)} device(s): "
+                "leave one of the two out"
+            )
         return self
 
     @property
     def devices(self) -> tuple[str, ...]:
-        """One worker is started for each."""
-        return tuple(part.strip() for part in self.device.split(","))
+        """One worker is started for each; `workers` spreads one kind of device over several."""
+        named = split_list(self.device)
+        if self.workers is None or self.workers == len(named):
+            return named
+        return tuple(named[0] if named[0] == "cpu" else f"{named[0]}:{i}" for i in range(self.workers))
 
     @property
     def model_name(self) -> str:
@@ -146,11 +209,34 @@ def unknown_variables(environment: Mapping[str, str] = os.environ) -> list[str]:
     return sorted(name for name in environment if name.startswith(PREFIX) and name.upper() not in known)
 
 
+def split_list(text: str) -> tuple[str, ...]:
+    """The parts between commas."""
+    return tuple(part.strip() for part in text.split(","))
+
+
+def _is_origin(text: str) -> bool:
+    parts = urlsplit(text)
+    # Browsers send it in lower case, without a path; Starlette compares text.
+    return bool(parts.hostname) and text == f"{parts.scheme}://{parts.netloc.lower()}" and "@" not in text
+
+
 def _explain(location: tuple[int | str, ...], message: str, flags: Mapping[str, Any]) -> str:
-    name = str(location[0]) if location else ""
     text = message.removeprefix("Value error, ")
-    text = text[:1].lower() + text[1:]
-    if not name:
-        return text
+    if location:
+        name = str(location[0])
+        text = f"{text[:1].lower()}{text[1:]}{_shown(name, flags)}"
+    else:
+        # What the engine's own settings refuse begins with their name and says the value.
+        name, _, rest = text.partition(" ")
+        if name not in Settings.model_fields:
+            return text
+        text = rest
+    return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {text}"
+
+
+def _shown(name: str, flags: Mapping[str, Any]) -> str:
+    field = Settings.model_fields.get(name)
+    if field is not None and SecretStr in get_args(field.annotation):
+        return ""
     given = flags.get(name, os.environ.get(PREFIX + name.upper()))
-    return f"{PREFIX}{name.upper()} (--{name.replace('_', '-')}): {text}, got {str(given)[:100]!r}"
+    return f", got {str(given)[:100]!r}"

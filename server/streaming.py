@@ -61,9 +61,16 @@ def sse_data(value: object) -> bytes:
 
 
 async def chat_events(
-    generation: Generation, encoder: ChunkEncoder, *, include_usage: bool
+    generation: Generation,
+    encoder: ChunkEncoder,
+    *,
+    include_usage: bool,
+    on_error: Callable[[ApiError], None],
 ) -> AsyncIterator[bytes]:
-    """All frames of an answer. The status is out, so an error is an event too; `[DONE]` is always last."""
+    """All frames of an answer. The status is out, so an error is an event too; `[DONE]` is always last.
+
+    `on_error` hears of the error that a client is told of.
+    """
     yield encoder.role()
     try:
         async for delta in generation.deltas():
@@ -74,11 +81,12 @@ async def chat_events(
                     frames += encoder.usage(generation.usage())
                 frames += DONE
             yield frames
-    except ApiError as error:
-        yield sse_data(error.body) + DONE
-    except Exception:  # the one boundary where any failure must become an event
-        logger.exception("request %s failed while streaming", generation.job.request_id)
-        yield sse_data(errors.internal().body) + DONE
+    except Exception as error:  # the one boundary where any failure must become an event
+        if not isinstance(error, ApiError):
+            logger.exception("request %s failed while streaming", generation.job.request_id)
+        told = error if isinstance(error, ApiError) else errors.internal()
+        on_error(told)
+        yield sse_data(told.body) + DONE
 
 
 class ChatStream(EventSourceResponse):

@@ -28,6 +28,7 @@ from server.messages import (
     Abort,
     Command,
     Event,
+    Loading,
     ModelInfo,
     Ready,
     Rejected,
@@ -47,12 +48,16 @@ START_FAILED_EXIT = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerConfig:
-    """What a worker needs to start. `heads` None: those found beside the model; "none": none."""
+    """What a worker needs to start. `heads` None: those found beside the model; "none": none.
+
+    `num_workers`: how many there are; those on the CPU share its cores.
+    """
 
     model: str
     heads: str | None
     engine: EngineConfig
     log_level: str
+    num_workers: int = 1
 
 
 class WorkerEngine(Protocol):
@@ -173,10 +178,20 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
 
 def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> Any:
     """The engine, or no return: a failure is reported as an event and ends the process."""
+
+    def tell(stage: str) -> None:
+        events.send_bytes(encode_event(Loading(generation, clip(stage))))
+
+    tell("importing libraries")
+    if config.num_workers > 1:
+        # Torch reads it when it is imported. Workers that each take all cores spin against each other.
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.num_workers)))
     # Only here: the API process imports this module, and must not import torch.
     from medusa_core.engine import Engine
 
     try:
+        tell("loading the model")
         return Engine.from_pretrained(config.model, heads=config.heads, config=config.engine)
     except (MedusaError, OSError, ValueError, RuntimeError, MemoryError) as error:
         logger.debug("the engine could not be built", exc_info=True)

@@ -4,13 +4,14 @@ import asyncio
 import itertools
 import logging
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from medusa_core.errors import MedusaError
 from medusa_core.request import SamplingParams, StepOutput
-from server.messages import Event, ModelInfo, Ready, Rejected, StartFailed, Step
+from server.messages import Event, Loading, ModelInfo, Ready, Rejected, StartFailed, Step
 from server.metrics import ServerMetrics
 from server.scheduler import WorkerPort
 from server.worker import WorkerConfig
@@ -48,10 +49,19 @@ class WorkerListener(Protocol):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolPolicy:
     """`restart_limit`: restarts in a row without a completed step; `stall_timeout`: seconds a busy worker may
-    be silent."""
+    be silent, `load_timeout`: one that loads."""
 
     restart_limit: int
     stall_timeout: float
+    load_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an incarnation ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
+
+    reason: str = "crash"
+    text: str = "the worker died"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +80,7 @@ class Replica:
         self._config = config
         self._restarts_in_row = 0
         self._timer: asyncio.TimerHandle | None = None
-        self._failure = "the worker died"
+        self._failure = Failure()
         self.worker: WorkerProcess | None = None
         self.has_started = False  # a worker has been ready here at least once
         self.is_ready = False
@@ -79,32 +89,56 @@ class Replica:
     def start(self) -> None:
         """Spawn the next incarnation."""
         self._timer = None
-        self._failure = "the worker died"
+        self._failure = Failure()
         self.worker = WorkerProcess(
             self._config, self._pool.next_generation(), self._handle_event, self._handle_exit
         )
         try:
             self.worker.start()
         except OSError as error:
-            self._failure = f"no worker process could be started: {error}"
+            self._failure = Failure("load", f"no worker process could be started: {error}")
             self._fail()
 
-    def is_stalled(self, timeout: float) -> bool:
-        """Whether requests are on the worker and no step has completed for `timeout` seconds."""
+    @property
+    def state(self) -> str:
+        """One of `WORKER_STATES`."""
+        if self.given_up is not None:
+            return "failed"
+        return "ready" if self.is_ready else "starting"
+
+    @property
+    def stage(self) -> str:
+        """What a starting worker is doing."""
+        return "waiting to be restarted" if self.worker is None else self.worker.stage
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether it loads or has requests, and nothing has come of it for too long."""
         worker = self.worker
-        if worker is None or not self.is_ready or not worker.is_busy:
-            return False
-        if time.monotonic() - worker.last_progress <= timeout:
+        if worker is None or self._silence() <= self._patience():
             return False
         worker.poll_events()  # the silence may have been this process's own
-        return worker.is_busy and time.monotonic() - worker.last_progress > timeout
+        return self._silence() > self._patience()
 
-    def kill_stalled(self, timeout: float) -> None:
+    def kill_stalled(self) -> None:
         assert self.worker is not None
-        self._failure = f"the worker was killed after {timeout:g} s without a step"
-        logger.error("%s", self._failure)
+        what = "a step" if self.is_ready else f"progress in loading ({self.worker.stage})"
+        reason = "hang" if self.is_ready else "load"
+        self._failure = Failure(reason, f"the worker was killed after {self._patience():g} s without {what}")
+        logger.error("%s", self._failure.text)
         self.is_ready = False
         self.worker.kill()
+
+    def _silence(self) -> float:
+        """Seconds without progress, as far as there was something to do."""
+        worker = self.worker
+        if worker is None or (self.is_ready and not worker.is_busy):
+            return 0.0
+        return time.monotonic() - worker.last_progress
+
+    def _patience(self) -> float:
+        policy = self._pool.policy
+        return policy.stall_timeout if self.is_ready else policy.load_timeout
 
     def kill(self) -> None:
         self._cancel_restart()
@@ -123,12 +157,14 @@ class Replica:
     def _handle_event(self, worker: WorkerProcess, event: Event) -> None:
         listener = self._pool.listener
         match event:
+            case Loading(stage=stage):
+                logger.debug("worker %d: %s", worker.generation, stage)
             case Ready(info=info, defaults=defaults):
                 self.has_started = self.is_ready = True
                 self._pool.note_ready(ServedModel(info, defaults))
                 listener.worker_ready(worker)
             case StartFailed(message=message):
-                self._failure = message
+                self._failure = Failure("load", message)
             case Step(output=output):
                 self._restarts_in_row = 0
                 if output is not None:
@@ -146,7 +182,11 @@ class Replica:
         # At the first start the failure ends the server with this very text; once is enough.
         level = logging.ERROR if self.has_started else logging.DEBUG
         logger.log(
-            level, "worker %d ended (exit code %s): %s", worker.generation, worker.exit_code, self._failure
+            level,
+            "worker %d ended (exit code %s): %s",
+            worker.generation,
+            worker.exit_code,
+            self._failure.text,
         )
         self._fail()
 
@@ -155,15 +195,15 @@ class Replica:
         self.worker = None
         if not self.has_started:
             # Nothing has worked yet: a wrong setting, most likely, which a restart does not mend.
-            self._give_up(self._failure)
+            self._give_up(self._failure.text)
         elif self._restarts_in_row >= self._pool.policy.restart_limit:
-            self._give_up(
-                f"{self._failure}; given up after {self._restarts_in_row} restarts without a completed step"
-            )
+            count = self._restarts_in_row
+            self._give_up(f"{self._failure.text}; given up after {count} restarts without a completed step")
         else:
             delay = min(MAX_BACKOFF, FIRST_BACKOFF * 2**self._restarts_in_row)
             self._restarts_in_row += 1
-            self._pool.metrics.worker_restarts.inc()
+            self._pool.metrics.worker_restarts[self._failure.reason].inc()
+            logger.warning("worker restart %d in %.1f s", self._restarts_in_row, delay)
             self._timer = asyncio.get_running_loop().call_later(delay, self.start)
 
     def _give_up(self, reason: str) -> None:
@@ -191,6 +231,15 @@ class WorkerPool:
         self._served: asyncio.Future[ServedModel] | None = None
         self._watchdog: asyncio.Task[None] | None = None
 
+    @property
+    def num_slots(self) -> int:
+        """Slots of all workers that are ready."""
+        return sum(replica.worker.slots for replica in self._replicas if replica.worker and replica.is_ready)
+
+    def count_states(self) -> Counter[str]:
+        """How many workers are starting, ready, failed."""
+        return Counter(replica.state for replica in self._replicas)
+
     async def start(self) -> ServedModel:
         """Start every worker and wait for the first to be ready. Raises `WorkerStartError` if none can."""
         self._served = asyncio.get_running_loop().create_future()
@@ -214,15 +263,15 @@ class WorkerPool:
 
     def why_not_ready(self) -> str | None:
         """None if a worker can serve: it is loaded, and if busy it has made progress lately."""
-        timeout = self.policy.stall_timeout
-        if any(replica.is_ready and not replica.is_stalled(timeout) for replica in self._replicas):
+        if any(replica.is_ready and not replica.is_stalled for replica in self._replicas):
             return None
         if any(replica.is_ready for replica in self._replicas):
             return "the worker has made no progress lately"
         reasons = [replica.given_up for replica in self._replicas if replica.given_up]
         if len(reasons) == len(self._replicas):
             return reasons[0]
-        return "the worker is starting"
+        stages = [replica.stage for replica in self._replicas if not replica.given_up]
+        return f"the worker is starting: {stages[0]}"
 
     # For replicas
 
@@ -241,9 +290,9 @@ class WorkerPool:
             self._served.set_exception(WorkerStartError(self.why_not_ready()))
 
     async def _watch(self) -> None:
-        timeout = self.policy.stall_timeout
+        interval = min(1.0, self.policy.stall_timeout / 4, self.policy.load_timeout / 4)
         while True:
-            await asyncio.sleep(min(1.0, timeout / 4))
+            await asyncio.sleep(interval)
             for replica in self._replicas:
-                if replica.is_stalled(timeout):
-                    replica.kill_stalled(timeout)
+                if replica.is_stalled:
+                    replica.kill_stalled()

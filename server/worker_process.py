@@ -18,6 +18,7 @@ from server.messages import (
     Abort,
     Command,
     Event,
+    Loading,
     ModelInfo,
     Ready,
     Rejected,
@@ -49,6 +50,7 @@ class WorkerProcess:
     ) -> None:
         self.generation = generation
         self.info: ModelInfo | None = None
+        self.stage = "starting"  # what it loads, until `info` is there
         self.last_progress = time.monotonic()
         self._config = config
         self._on_event = on_event
@@ -61,6 +63,11 @@ class WorkerProcess:
     @property
     def num_free(self) -> int:
         return 0 if self.info is None else self.info.slots - len(self._running)
+
+    @property
+    def slots(self) -> int:
+        """Requests it takes at once; 0 while it loads."""
+        return 0 if self.info is None else self.info.slots
 
     @property
     def is_busy(self) -> bool:
@@ -149,6 +156,9 @@ class WorkerProcess:
 
     def _handle(self, event: Event) -> None:
         match event:
+            case Loading(stage=stage):
+                self.stage = stage
+                self.last_progress = time.monotonic()
             case Ready(info=info):
                 self.info = info
             case Step(output=output):

@@ -35,8 +35,8 @@ async def create_chat_completion(
     if body.model != runtime.model_name:
         raise errors.model_not_found(body.model)
     model = runtime.require_model()
-    runtime.scheduler.check_room()  # before the work of tokenising
-    prepared = await model.prompts.prepare(body)
+    with runtime.scheduler.preparing():
+        prepared = await model.prompts.prepare(body)
     runtime.require_model()  # a drain may have begun meanwhile
     completion_id = f"chatcmpl-{secrets.token_hex(12)}"
     job = runtime.scheduler.submit(completion_id, prepared.prompt_ids, prepared.params)
@@ -56,7 +56,12 @@ def _stream(generation: Generation, body: ChatRequest, model: LoadedModel, runti
         include_usage=include_usage,
     )
     return ChatStream(
-        chat_events(generation, encoder, include_usage=include_usage),
+        chat_events(
+            generation,
+            encoder,
+            include_usage=include_usage,
+            on_error=lambda error: runtime.metrics.observe_error(error.label),
+        ),
         on_close=lambda: runtime.scheduler.cancel(generation.job),
         keepalive=runtime.settings.keepalive,
         send_timeout=runtime.settings.send_timeout,

@@ -102,7 +102,7 @@ class LiveServer:
             return [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: ")]
 
     def metric(self, name: str, **labels: str) -> float:
-        value = self.runtime.metrics.registry.get_sample_value(name, labels)
+        value = self.runtime.metrics.registry.get_sample_value(name, labels | {"model": self.model})
         assert value is not None, f"no metric {name} {labels}"
         return value
 

@@ -202,7 +202,10 @@ def test_metrics_after_a_request(live):
     # A tree that was named is kept; the dynamic one shrinks where speculation does not pay.
     live.post(seed=1, temperature=0.8, max_tokens=50, speculation={"tree": "static"})
     text = live.get("/metrics").text
-    samples = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    lines = [line for line in text.splitlines() if not line.startswith("#")]
+    label = f'model="{live.model}"'
+    assert all(label in line for line in lines)
+    samples = dict(line.replace(f",{label}", "").replace(f"{{{label}}}", "").rsplit(" ", 1) for line in lines)
     assert float(samples['medusa_generation_tokens_total{mode="exact"}']) >= 30
     assert float(samples['medusa_drafted_tokens_total{head="0"}']) > 0
     assert 'medusa_accepted_tokens_total{head="2"}' in samples

@@ -56,7 +56,7 @@ def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
         # The next request waits for the restart.
         assert server.post(timeout=120, max_tokens=3).status_code == 200
         assert server.worker_pid != first_pid
-        assert server.metric("medusa_worker_restarts_total") == 1
+        assert server.metric("medusa_worker_restarts_total", reason="crash") == 1
         assert server.metric("medusa_requests_total", finish_reason="error") == 4
 
         # Alive but hung: judged only while work is pending.
@@ -68,6 +68,8 @@ def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
         assert error_of(streams.join()[0])["code"] == "worker_lost"
         assert server.post(timeout=120, max_tokens=3).status_code == 200
         assert server.get("/ready").status_code == 200
+        assert server.metric("medusa_worker_restarts_total", reason="hang") == 1
+        assert server.metric("medusa_errors_total", code="worker_lost") == 5
     finally:
         server.stop()
 

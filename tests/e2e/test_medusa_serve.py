@@ -29,7 +29,11 @@ def test_serves_without_libtorch_and_drains_on_sigterm(start_medusa, model_flags
     maps = Path(f"/proc/{process.pid}/maps").read_text()
     assert "libtorch" not in maps
     assert httpx.get(f"{url}/metrics").status_code == 404
-    assert "medusa_requests_total" in httpx.get(f"http://127.0.0.1:{free_port}/metrics").text
+    operations = f"http://127.0.0.1:{free_port}"
+    assert "medusa_requests_total" in httpx.get(f"{operations}/metrics").text
+    assert httpx.get(f"{operations}/ready").json() == {"status": "ready"}
+    assert httpx.get(f"{operations}/health").status_code == 200
+    assert httpx.get(f"{operations}/v1/models").json()["error"]["code"] == "unknown_url"
 
     events = []
     is_streaming = threading.Event()
@@ -157,7 +161,7 @@ def test_refused_ports(run_medusa, model_flags):
             run_medusa, *model_flags, "--port", port
         )
         line = one_line_refusal(run_medusa, *model_flags, "--port", "0", "--metrics-port", port)
-        assert f"cannot serve metrics on 127.0.0.1:{port}" in line
+        assert f"no operations port: cannot listen on 127.0.0.1 port {port}: Address already in use" in line
 
 
 @pytest.mark.slow

@@ -59,6 +59,10 @@ def encoder():
     return ChunkEncoder(completion_id="c", created=1, model="m", fingerprint="f", include_usage=False)
 
 
+def events_of(answer, on_error=lambda error: None):
+    return chat_events(answer.generation, encoder(), include_usage=False, on_error=on_error)
+
+
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_text_does_not_depend_on_grouping(chat, data):
@@ -141,10 +145,12 @@ def test_leaving_early_ends_the_job(chat):
 def test_a_bug_while_streaming_is_an_event_too(chat, caplog, monkeypatch):
     async def go():
         answer = Answer(chat)
+        told = []
         monkeypatch.setattr(answer.generation, "_push", lambda ids: 1 / 0)
         answer.feed(1)
-        frames = [frame async for frame in chat_events(answer.generation, encoder(), include_usage=False)]
+        frames = [frame async for frame in events_of(answer, told.append)]
         assert b'"error"' in frames[-1]
+        assert [error.label for error in told] == ["server_error"]
         assert b"ZeroDivision" not in frames[-1]
         assert frames[-1].endswith(DONE)
         assert "ZeroDivisionError" in caplog.text
@@ -159,7 +165,7 @@ def test_a_stream_that_never_starts_ends_its_job(chat):
     async def go():
         answer = Answer(chat)
         stream = ChatStream(
-            chat_events(answer.generation, encoder(), include_usage=False),
+            events_of(answer),
             on_close=lambda: answer.scheduler.cancel(answer.job),
             keepalive=0,
             send_timeout=1,

@@ -188,3 +188,38 @@ def test_steps_are_counted_for_usage_and_metrics(bench):
         assert await job.mailbox.take() == ([1, 2, 3, 4, 5, 6], Finished(FinishReason.STOP))
 
     bench.run(scenario)
+
+
+def test_a_prompt_in_preparation_holds_a_place(bench):
+    """Long prompts take a while to tokenise: they must not pile up in front of the queue, uncounted."""
+
+    async def scenario(scheduler):
+        scheduler.worker_ready(bench.Worker())
+        with scheduler.preparing(), scheduler.preparing(), scheduler.preparing():  # a slot and two places
+            with pytest.raises(ApiError) as caught, scheduler.preparing():
+                raise AssertionError("there was room")
+            assert caught.value.status == 429
+        for name in "abc":
+            with scheduler.preparing():
+                pass
+            bench.submit(scheduler, name)
+        with pytest.raises(ApiError), scheduler.preparing():
+            raise AssertionError("there was room")
+
+    bench.run(scenario)
+
+
+def test_out_of_memory_is_told_apart_and_counted(bench):
+    async def scenario(scheduler):
+        worker = bench.Worker()
+        scheduler.worker_ready(worker)
+        job = bench.submit(scheduler, "a")
+        worker.running.remove("a")
+        error = {"finish_reason": FinishReason.ERROR, "error": "CUDA out of memory", "out_of_memory": True}
+        scheduler.worker_output(worker, StepOutput(request_id="a", token_ids=(), **error))
+        end = await bench.end_of(job)
+        assert (end.error.status, end.error.detail.code) == (503, "out_of_memory")
+        assert end.error.headers["retry-after"]
+        assert scheduler._metrics.registry.get_sample_value("medusa_out_of_memory_total") == 1
+
+    bench.run(scenario)

@@ -3,7 +3,7 @@
 from prometheus_client import generate_latest
 
 from medusa_core.request import SpeculationMode, StepStats
-from server.metrics import ServerMetrics, acceptance_length
+from server.metrics import WORKER_STATES, ServerMetrics, acceptance_length
 
 DECODE = StepStats(
     mode=SpeculationMode.EXACT,
@@ -91,6 +91,9 @@ def test_exposition_has_every_promised_metric():
         "requests",
         "worker_restarts",
         "client_retries",
+        "http_responses",
+        "errors",
+        "out_of_memory",
         "decode_seconds",
         "baseline_seconds",
     ]
@@ -104,6 +107,33 @@ def test_exposition_has_every_promised_metric():
     ]
     expected = {f"medusa_{name}_total": "counter" for name in counters}
     expected |= {f"medusa_{name}": "histogram" for name in histograms}
-    assert types == expected | {"medusa_queue_depth": "gauge", "medusa_running": "gauge"}
+    gauges = ["queue_depth", "running", "queue_limit", "slots", "ready", "workers", "model_info"]
+    expected |= {f"medusa_{name}": "gauge" for name in gauges}
+    assert {name: kind for name, kind in types.items() if not name.startswith("process_")} == expected
+    assert "process_resident_memory_bytes" in types
     assert 'medusa_inter_token_latency_seconds_bucket{le="0.0005"}' in text
     assert "_created" not in text
+
+
+def test_every_series_names_the_model():
+    metrics = ServerMetrics("a/model")
+    metrics.observe_step(DECODE, 3)
+    metrics.observe_response("/v1/models", 200)
+    metrics.observe_error("worker_lost")
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    assert len(samples) > 100
+    assert {sample.labels["model"] for sample in samples} == {"a/model"}
+    assert sample(metrics, "errors_total", code="worker_lost", model="a/model") == 1
+    assert sample(metrics, "http_responses_total", route="/v1/models", status="200", model="a/model") == 1
+
+
+def test_worker_gauges_are_read_at_each_scrape():
+    metrics = ServerMetrics()
+    states = {"ready": 2}
+    metrics.watch_workers(is_ready=lambda: states["ready"] > 0, states=lambda: states, slots=lambda: 4)
+    assert sample(metrics, "ready") == 1
+    assert [sample(metrics, "workers", state=state) for state in WORKER_STATES] == [0, 2, 0]
+    assert sample(metrics, "slots") == 4
+    states.update(ready=0, failed=2)
+    assert sample(metrics, "ready") == 0
+    assert [sample(metrics, "workers", state=state) for state in WORKER_STATES] == [0, 0, 2]

@@ -1,5 +1,7 @@
 """Settings: where they come from, what is refused and how that reads."""
 
+import re
+
 import pytest
 
 from medusa_core.errors import ConfigError
@@ -52,6 +54,17 @@ def test_empty_variables_are_unset(monkeypatch):
         ("measure", "perhaps"),
         ("slots", "many"),
         ("device", "cpu,"),
+        ("cors_origins", "https://a.example/"),
+        ("cors_origins", "https://a.example,"),
+        ("cors_origins", "a.example"),
+        ("cors_origins", "https://user@a.example"),
+        ("cors_origins", "https://A.example"),
+        ("max_header_bytes", "10"),
+        ("body_timeout", "0"),
+        ("log_format", "xml"),
+        ("log_prompts", "maybe"),
+        ("otlp_endpoint", "collector:4318"),
+        ("otlp_endpoint", "http://"),
     ],
 )
 def test_bad_values_name_variable_flag_and_value(monkeypatch, name, value):
@@ -71,7 +84,8 @@ def test_bad_values_name_variable_flag_and_value(monkeypatch, name, value):
     ("name", "value"), [("slots", "0"), ("dtype", "int3"), ("max_length", "1"), ("tree_nodes", "999")]
 )
 def test_engine_settings_are_checked_by_the_core(name, value):
-    with pytest.raises(ConfigError, match=name):
+    label = f"MEDUSA_{name.upper()} (--{name.replace('_', '-')}): must be"
+    with pytest.raises(ConfigError, match="^" + re.escape(label)):
         load_settings({name: value})
 
 
@@ -80,6 +94,16 @@ def test_every_problem_is_named_at_once():
         load_settings({"port": "x", "queue_limit": "-1"})
     assert "MEDUSA_PORT" in str(caught.value)
     assert "MEDUSA_QUEUE_LIMIT" in str(caught.value)
+
+
+def test_keys_show_nowhere():
+    settings = load_settings({"api_keys": "sk-secret-1,sk-secret-2"})
+    assert settings.api_keys.get_secret_value() == "sk-secret-1,sk-secret-2"
+    assert "sk-secret" not in f"{settings!r} {settings} {settings.model_dump()} {settings.model_dump_json()}"
+    with pytest.raises(ConfigError) as caught:
+        load_settings({"api_keys": ["sk-secret-1"], "port": "x"})
+    assert "MEDUSA_API_KEYS (--api-keys): " in str(caught.value)
+    assert "sk-secret" not in str(caught.value)
 
 
 def test_devices_and_engine_config():
