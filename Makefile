@@ -10,13 +10,17 @@ TORCH := torch==2.13.0
 SOUND := $(VENV)/bin/pip --version 2>/dev/null | grep -qF "$(CURDIR)/$(VENV)/" && \
 	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
-.PHONY: help setup serve example test check format clean
+# Programs of Debian packages that tests run where they can be had.
+DEB_TOOLS := prometheus
+
+.PHONY: help setup tools serve example test check format clean
 
 help:
 	@echo "make setup    create .venv, or mend it"
 	@echo "make serve    serve the embedded model on 127.0.0.1:8000; settings come from MEDUSA_... variables"
 	@echo "make example  a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
 	@echo "make test     all tests with branch coverage; ARGS='tests/core -k tree' for some of them"
+	@echo "make tools    programs that some tests run (Prometheus), unpacked into .venv; .ci/run does it"
 	@echo "make check    formatting, lint, types, import contracts, documentation"
 	@echo "make format   format the code and mend what ruff can mend"
 
@@ -34,6 +38,10 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(RUN) pip check
 	@$(VENV)/bin/python -c 'import fastapi, torch, transformers, medusa_core.engine, server'
 	@touch $(STAMP)
+
+# Never fails: tests whose program could not be had are skipped with the reason.
+tools: setup
+	@.ci/deb_tool $(DEB_TOOLS)
 
 serve: setup
 	@$(VENV)/bin/medusa serve $(ARGS)
