@@ -12,6 +12,7 @@ from server.runtime import Runtime
 router = APIRouter(tags=["operation"])
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Response:
     return json_response({"status": "ok"})
