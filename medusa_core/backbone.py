@@ -56,7 +56,7 @@ class Backbone:
         self.window = _sliding_window(self.config)
         self._layer_types = _attention_types(self.config)
         _check_takes_positions(model)
-        self._cache_shape = self._probe_cache_shape()
+        self._cache_shape = probe_cache_shape(model)
         self.splits = self._probe_split()  # logits are just the output layer on the hidden states
 
     @property
@@ -71,13 +71,7 @@ class Backbone:
     @property
     def max_positions(self) -> int:
         """Longest context that ordinary decoding and ours agree on."""
-        limit = int(getattr(self.config, "max_position_embeddings", 0) or 1 << 20)
-        ropes = getattr(self.config, "rope_parameters", None) or {}
-        # One set for all layers, or one by type of layer.
-        for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):
-            if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
-                limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
-        return limit
+        return max_positions(self.config)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """Input embeddings [..., E] as the model's own module gives them, scaled if that scales."""
@@ -102,8 +96,8 @@ class Backbone:
         except RuntimeError as error:
             if isinstance(error, torch.AcceleratorError):
                 raise
-            numbers = sum(s.num_layers * s.num_kv_heads * s.head_dim for s in (shape, follower) if s)
-            gib = 2 * numbers * slots * capacity * self.dtype.itemsize / 2**30
+            per_token = sum(s.bytes_per_token(self.dtype) for s in (shape, follower) if s)
+            gib = per_token * slots * capacity / 2**30
             raise ConfigError(
                 f"a cache of {slots} slots of {capacity} tokens needs {gib:.1f} GiB, which are not free: "
                 "lower slots or max_length"
@@ -153,27 +147,40 @@ class Backbone:
         return {"full_attention": mask, "sliding_attention": sliding}
 
     @torch.inference_mode()
-    def _probe_cache_shape(self) -> CacheShape:
-        """Read off a one-token run."""
-        cache = DynamicCache()
-        self.model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), past_key_values=cache)
-        shapes = set()
-        for layer in cache.layers:
-            if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
-                raise CheckpointError(f"layers that keep a {type(layer).__name__} are not supported")
-            shapes.add((int(layer.keys.shape[1]), int(layer.keys.shape[3]), int(layer.values.shape[3])))
-        if len(shapes) != 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
-            raise CheckpointError(f"layers must share one key/value shape, not {sorted(shapes)}")
-        heads, head_dim, _ = shapes.pop()
-        return CacheShape(len(cache.layers), heads, head_dim)
-
-    @torch.inference_mode()
     def _probe_split(self) -> bool:
         """Whether logits are the output layer's product with the hidden states: no soft cap, no scale."""
         ids = torch.arange(4, device=self.device)[None]
         whole = self.model(input_ids=ids, use_cache=False).logits
         hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         return bool(torch.equal(whole, self.model.get_output_embeddings()(hidden)))
+
+
+def max_positions(config: Any) -> int:
+    """Longest context that ordinary decoding and ours agree on, of a text config."""
+    limit = int(getattr(config, "max_position_embeddings", 0) or 1 << 20)
+    ropes = getattr(config, "rope_parameters", None) or {}
+    # One set for all layers, or one by type of layer.
+    for rope in (ropes, *(rope for rope in ropes.values() if isinstance(rope, dict))):
+        if rope.get("rope_type") in LENGTH_DEPENDENT_ROPE:
+            limit = min(limit, int(rope.get("original_max_position_embeddings") or limit))
+    return limit
+
+
+@torch.inference_mode()
+def probe_cache_shape(model: PreTrainedModel) -> CacheShape:
+    """Read off a one-token run, which may be one on the meta device. Raises `CheckpointError`."""
+    cache = DynamicCache()
+    device = next(model.parameters()).device
+    model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device), past_key_values=cache)
+    shapes = set()
+    for layer in cache.layers:
+        if not isinstance(layer, CacheLayerMixin) or layer.keys is None or layer.values is None:
+            raise CheckpointError(f"layers that keep a {type(layer).__name__} are not supported")
+        shapes.add((int(layer.keys.shape[1]), int(layer.keys.shape[3]), int(layer.values.shape[3])))
+    if len(shapes) != 1 or any(head_dim != value_dim for _, head_dim, value_dim in shapes):
+        raise CheckpointError(f"layers must share one key/value shape, not {sorted(shapes)}")
+    heads, head_dim, _ = shapes.pop()
+    return CacheShape(len(cache.layers), heads, head_dim)
 
 
 def load_backbone(

@@ -164,5 +164,7 @@ def load_engine(model: str, heads: str | None, config: EngineConfig, *, calibrat
     from medusa_core.engine import Engine
 
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call, unused-ignore]
-    with Console(stderr=True).status("loading the model and measuring step times"):
-        return Engine.from_pretrained(model, heads=heads, config=config, calibrated=calibrated)
+    with Console(stderr=True).status("loading the model") as status:
+        return Engine.from_pretrained(
+            model, heads=heads, config=config, calibrated=calibrated, on_stage=status.update
+        )

@@ -37,6 +37,7 @@ class EngineConfig:
     prefill_chunk: int = PREFILL_CHUNK
     chat_template: str | None = None
     measure: bool = True  # time steps at start; without it nothing adapts and no speedup is estimated
+    memory_check: bool = True  # refuse to load what does not fit the device's free memory
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:

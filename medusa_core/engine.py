@@ -30,9 +30,10 @@ from medusa_core.loading import EngineParts, load_parts, resolve_context_length,
 from medusa_core.outputs import decode_stats, emit, failed
 from medusa_core.request import SamplingParams, SpeculationMode, StepOutput, StepStats
 from medusa_core.sequence import Sequence
-from medusa_core.speculation import DYNAMIC, STATIC
+from medusa_core.speculation import DYNAMIC, STATIC, scratch_rows
+from medusa_core.stages import OnStage, Stages
 from medusa_core.step_timer import StepTimer
-from medusa_core.step_times import TREE_SIZES, StepTimes, fastest_size
+from medusa_core.step_times import StepTimes, fastest_size
 from medusa_core.tokenizer import ChatTokenizer
 
 __all__ = ["Engine", "EngineInfo", "Prompt"]
@@ -44,19 +45,23 @@ Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
 class Engine:
     """Decodes requests in slots, one slot's step at a time."""
 
-    def __init__(self, parts: EngineParts, config: EngineConfig) -> None:
+    def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
+        stages = Stages(on_stage)
         self.config, self.backbone, self.chat = config, parts.backbone, parts.chat
         self.heads = parts.heads
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
         self.speculation = speculator_factory(parts, config.static_tree)
+        stages.enter(f"cache of {config.slots} x {self.context_length} tokens")
         self._cache = self.backbone.new_cache(
             config.slots,
-            self.context_length + self._scratch_nodes(),
+            self.context_length + scratch_rows(self.speculation, config.tree_nodes),
             follower=self.heads.cache_shape if self.heads else None,
         )
         self._token_ids = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
+        if config.measure:
+            stages.enter("measuring step times")
         timer = StepTimer(self.backbone, self._cache, self.speculation)
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
@@ -70,15 +75,18 @@ class Engine:
         heads: str | Path | None = None,
         config: EngineConfig | None = None,
         calibrated: bool = True,
+        on_stage: OnStage | None = None,
     ) -> "Engine":
         """Load from a directory or Hub name. `heads` None uses those beside the model; "none" uses none.
 
-        `calibrated` False leaves out what calibration.json says, to calibrate anew.
+        `calibrated` False leaves out what calibration.json says, to calibrate anew. `on_stage` is told in a
+        few words what is done next; the log has it too.
 
         Raises `CheckpointError`, `TokenizerError`, `TreeError` or `ConfigError`, each saying what to change.
         """
         config = config or EngineConfig()
-        return cls(load_parts(model, heads, config, calibrated=calibrated), config)
+        parts = load_parts(model, heads, config, calibrated=calibrated, on_stage=on_stage)
+        return cls(parts, config, on_stage)
 
     @classmethod
     def from_parts(
@@ -289,12 +297,6 @@ class Engine:
 
     def _mode(self, params: SamplingParams) -> SpeculationMode:
         return params.speculation.mode if self.speculation else SpeculationMode.OFF
-
-    def _scratch_nodes(self) -> int:
-        """Cache rows behind the context for the largest tree that is measured or asked for."""
-        if self.speculation is None:
-            return 1
-        return max(self.speculation.largest, self.config.tree_nodes or 1, *TREE_SIZES)
 
     def _choose_tree_nodes(self) -> int:
         if self.speculation is None:

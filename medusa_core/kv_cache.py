@@ -25,6 +25,10 @@ class CacheShape:
     num_kv_heads: int
     head_dim: int
 
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """Of one slot."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
 
 class SlotLayer(CacheLayerMixin):
     """One layer of one slot, as transformers' attention modules see it."""

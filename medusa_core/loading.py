@@ -10,11 +10,17 @@ from transformers import AutoConfig
 from medusa_core.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.accuracy import HeadCalibration, default_calibration, load_calibration
 from medusa_core.backbone import Backbone, load_backbone
-from medusa_core.checkpoints import fetch_beside, find_heads, load_heads
+from medusa_core.checkpoints import describe_files, fetch_beside, find_heads, load_heads
 from medusa_core.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
+from medusa_core.devices import free_memory, unused_gpu
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.heads.base import DraftHeads
-from medusa_core.speculation import SpeculatorFactory
+from medusa_core.heads.hydra import HydraHeads
+from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.memory_fit import check_fits, gib, memory_need
+from medusa_core.outline import outline_backbone, outline_heads
+from medusa_core.speculation import SpeculatorFactory, scratch_rows
+from medusa_core.stages import OnStage, Stages
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.tree import load_tree
 
@@ -37,31 +43,36 @@ class EngineParts:
 
 
 def load_parts(
-    model: str | Path, heads: str | Path | None, config: EngineConfig, *, calibrated: bool = True
+    model: str | Path,
+    heads: str | Path | None,
+    config: EngineConfig,
+    *,
+    calibrated: bool = True,
+    on_stage: OnStage | None = None,
 ) -> EngineParts:
     """Load all parts. `heads`: a directory, a file, a Hub name, or the name of a folder beside the model.
 
     None takes the best set beside the model, "none" means no heads. `calibrated` False leaves out what is
-    known about them, to find it anew.
+    known about them, to find it anew. `on_stage` is told what is done next. Raises `ConfigError` before
+    anything large is loaded if memory does not hold it.
     """
+    stages = Stages(on_stage)
     device = resolve_device(config.device)
+    stages.enter(f"tokenizer of {model}")
     chat = load_chat_tokenizer(model, config.chat_template)
     dtype = resolve_dtype(config.dtype, device, model)
-    backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
     source = heads_source(model, heads)
+    if config.memory_check:
+        with stages.downloading(source or model):
+            check_memory(model, source, config, vocab_size=chat.vocab_size, dtype=dtype, device=device)
+    stages.enter(f"weights of {model}: {describe_files(model)}, on {device}")
+    with stages.downloading(model):
+        backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
     if source is None:
         return EngineParts(backbone, chat, None, None, str(model), None)
-    loaded = load_heads(
-        source,
-        hidden_size=backbone.hidden_size,
-        vocab_size=backbone.vocab_size,
-        # All rows, padding included: published heads are often padded like their backbone.
-        lm_head_weight=backbone.model.get_output_embeddings().weight,
-        embed=backbone.embed,
-        backbone_config=backbone.config,
-        dtype=dtype,
-        device=device,
-    )
+    stages.enter(f"draft heads from {source}")
+    with stages.downloading(source):
+        loaded = _load_heads(source, backbone)
     calibration = _calibration_beside(source) if calibrated else None
     if calibration is not None and calibration.num_heads != loaded.num_heads:
         raise CheckpointError(
@@ -69,6 +80,53 @@ def load_parts(
             f"{loaded.num_heads}: run `medusa calibrate` again"
         )
     return EngineParts(backbone, chat, loaded, calibration, str(model), str(source))
+
+
+def _load_heads(source: str | Path, backbone: Backbone) -> MedusaHeads | HydraHeads:
+    return load_heads(
+        source,
+        hidden_size=backbone.hidden_size,
+        vocab_size=backbone.vocab_size,
+        # All rows, padding included: published heads are often padded like their backbone.
+        lm_head_weight=backbone.model.get_output_embeddings().weight,
+        embed=backbone.embed,
+        backbone_config=backbone.config,
+        dtype=backbone.dtype,
+        device=backbone.device,
+    )
+
+
+def check_memory(
+    model: str | Path,
+    heads: str | Path | None,
+    config: EngineConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise a `ConfigError` if the free memory holds no such engine; what cannot be known is let through."""
+    backbone = outline_backbone(model, dtype)
+    free = free_memory(device)
+    if backbone is None or free is None:
+        logger.info("whether it fits the memory of %s is not known beforehand", device)
+        return
+    outline, factory = None, None
+    if heads is not None:
+        outline = outline_heads(heads, backbone, vocab_size=vocab_size, dtype=dtype)
+        tree = load_tree(config.static_tree) if config.static_tree is not None else None
+        calibration = default_calibration(outline.heads.num_heads)
+        factory = SpeculatorFactory(outline.heads, calibration, device, tree)
+    need = memory_need(
+        backbone,
+        outline,
+        config,
+        context=resolve_context_length(config.max_length, backbone.max_positions),
+        scratch=scratch_rows(factory, config.tree_nodes),
+        device=device,
+    )
+    logger.info("%s GiB of memory needed on %s (%s), %s free", gib(need.total), device, need, gib(free))
+    check_fits(need, free, device, dtype)
 
 
 def speculator_factory(parts: EngineParts, static_tree: str | None) -> SpeculatorFactory | None:
@@ -120,6 +178,19 @@ def resolve_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     return device
+
+
+def _best_device() -> torch.device:
+    """With a warning where that leaves a GPU unused."""
+    if not torch.cuda.is_available():
+        reason = unused_gpu()
+        if reason is not None:
+            logger.warning("there seems to be an NVIDIA GPU, but everything runs on the CPU: %s", reason)
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if count > 1:
+        logger.warning("only one of %d CUDA devices is used; MEDUSA_WORKERS=%d uses them all", count, count)
+    return torch.device("cuda")
 
 
 def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.dtype:

@@ -13,6 +13,7 @@ from medusa_core.decoding.speculator import (
 from medusa_core.errors import TreeError
 from medusa_core.heads.base import DraftHeads
 from medusa_core.request import SamplingParams
+from medusa_core.step_times import TREE_SIZES
 from medusa_core.tree import Tree, grow_tree, load_tree, published_tree_names
 
 DYNAMIC, STATIC = "dynamic", "static"
@@ -86,3 +87,8 @@ class SpeculatorFactory:
         """From the calibrated accuracies, of ranks that a small vocabulary has."""
         accuracies = self.calibration.accuracies[: self.heads.num_heads]
         return grow_tree([head[: self.heads.vocab_size] for head in accuracies], nodes)
+
+
+def scratch_rows(factory: SpeculatorFactory | None, tree_nodes: int | None) -> int:
+    """Cache rows behind the context for the largest tree that is measured or asked for."""
+    return 1 if factory is None else max(factory.largest, tree_nodes or 1, *TREE_SIZES)

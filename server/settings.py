@@ -87,6 +87,9 @@ class Settings(BaseSettings):
     measure: bool = Field(
         True, description="Time steps at start to choose the tree and estimate the speedup."
     )
+    memory_check: bool = Field(
+        True, description="Refuse to load a model that does not fit the device's free memory."
+    )
     speculation: Literal["exact", "typical", "off"] = Field(
         "exact", description="Mode of requests that name none. 'typical' is not lossless."
     )
@@ -186,6 +189,7 @@ class Settings(BaseSettings):
             tree_nodes=self.tree_nodes,
             static_tree=self.static_tree,
             measure=self.measure,
+            memory_check=self.memory_check,
             chat_template=self.chat_template,
         )
 

@@ -16,11 +16,13 @@ from medusa_core.checkpoints.formats import HEAD_PREFIX
 from medusa_core.checkpoints.full_model import save_full_model
 from medusa_core.checkpoints.head_files import SETS, fetch_beside, find_heads, head_keys
 from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.checkpoints.writing import save_heads
 
 __all__ = [
     "HEAD_PREFIX",
     "SETS",
+    "describe_files",
     "fetch_beside",
     "find_heads",
     "head_keys",

@@ -61,7 +61,8 @@ def load_heads(
     `embed` is the backbone's input embedding (a function, not its module, which would become a part of the
     heads), which Hydra heads need, and `backbone_config` its text config,
     from which the shape of a prefix layer follows. Rows of padding are dropped; heads with fewer than V rows
-    never draft the tokens beyond, those with a token map only its tokens. Raises `CheckpointError`.
+    never draft the tokens beyond, those with a token map only its tokens. On the meta device they are shapes
+    without bytes, to see what they would take. Raises `CheckpointError`.
     """
     file = read_heads(path)
     weights = parse_weights(file, hidden_size)
@@ -76,6 +77,8 @@ def load_heads(
         device=device,
     )
     heads = _hydra_heads(weights, fit) if isinstance(weights, HydraWeights) else _medusa_heads(weights, fit)
+    if torch.device(device).type != "meta":
+        _remark(file, weights, vocab_size)
     return heads.eval().requires_grad_(False)
 
 
@@ -91,7 +94,6 @@ def parse_weights(file: HeadFile, hidden_size: int | None = None) -> HeadWeights
         weights = parse_medusa(file.source, tensors, hidden_size)
         if any(is_vllm_key(key) for key in tensors):
             weights = _scaled(weights, _logit_scale(file))
-    _compare_with_config(file, weights.num_heads)
     return weights
 
 
@@ -108,6 +110,8 @@ def _equals_rows(output: Tensor, lm_head_weight: Tensor, token_map: Tensor | Non
     rows = torch.arange(len(output)) if token_map is None else token_map
     if int(rows.max()) >= len(lm_head_weight):
         return False
+    if lm_head_weight.is_meta:
+        return True  # the common case, and the smaller guess at their size
     theirs = lm_head_weight[rows.to(lm_head_weight.device)].cpu()
     return torch.equal(output.to(theirs.dtype), theirs)
 
@@ -128,13 +132,16 @@ def _logit_scale(file: HeadFile) -> float:
     return float(scale)
 
 
-def _compare_with_config(file: HeadFile, held: int) -> None:
-    """Say so where config.json is wrong: published ones claim 2 heads for files that hold 5."""
+def _remark(file: HeadFile, weights: HeadWeights, vocab_size: int) -> None:
+    """Say what is odd: few rows, or a wrong config.json (published ones claim 2 heads for files of 5)."""
+    held, rows = weights.num_heads, weights.rows
     claims = CLAIMED_HEADS + (("num_heads",) if any(map(is_vllm_key, file.tensors)) else ())
     for name in claims:
         claimed = file.config.get(name)
         if claimed is not None and claimed != held:
             log.info("%s: config.json says %s heads, the file holds %d", file.source, claimed, held)
+    if weights.token_map is None and rows is not None and rows < vocab_size:
+        log.warning("%s: heads know only the first %d of %d tokens", file.source, rows, vocab_size)
 
 
 def _check_token_ids(source: str, token_map: Tensor | None, vocab_size: int) -> None:
@@ -158,8 +165,6 @@ def _check_vocabulary(
         return min(vocab_size, limit if lm_head_weight is None else len(lm_head_weight))
     if rows > limit:
         raise CheckpointError(f"{source}: heads have a vocabulary of {rows}, the backbone's is {limit}")
-    if rows < vocab_size:
-        log.warning("%s: heads know only the first %d of %d tokens", source, rows, vocab_size)
     return min(rows, vocab_size)
 
 

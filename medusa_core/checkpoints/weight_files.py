@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -101,6 +101,27 @@ def model_keys(repository: Repository) -> dict[str, str]:
                     raise CheckpointError(f"{index} names {shard}, which is no file beside it")
             return shards
     return {}
+
+
+def describe_files(model: str | Path) -> str:
+    """How much there is to read of a model's weights, in a few words."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        config = try_to_load_from_cache(str(model), "config.json")
+        folder = Path(config).parent if isinstance(config, str) else folder
+    sizes = [path.stat().st_size for path in _weight_files(folder) if path.is_file()]
+    if not sizes:
+        return "not downloaded yet"
+    return f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} file{'s' if len(sizes) > 1 else ''}"
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    for name in MODEL_FILES:
+        if (folder / name).is_file():
+            return [folder / name]
+        if (folder / (name + INDEX_SUFFIX)).is_file():
+            return sorted({folder / file for file in model_keys(Repository(str(folder), folder)).values()})
+    return []
 
 
 def _file_keys(path: Path) -> list[str]:

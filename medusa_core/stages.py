@@ -1,0 +1,73 @@
+"""What an engine does while it starts: told to whoever waits, and to the log."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from huggingface_hub import constants
+from huggingface_hub.file_download import repo_folder_name
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 10.0
+GIB = 2**30
+
+OnStage = Callable[[str], None]
+"""Called with a few words on what is done next; from another thread while a download goes on."""
+
+
+class Stages:
+    """Announces stages: one line of the log each, and a call."""
+
+    def __init__(self, on_stage: OnStage | None = None) -> None:
+        self._on_stage = on_stage
+
+    def enter(self, text: str) -> None:
+        log.info("%s", text)
+        if self._on_stage is not None:
+            self._on_stage(text)
+
+    @contextlib.contextmanager
+    def downloading(self, name: str | Path, *, every: float = WATCH_SECONDS) -> Iterator[None]:
+        """Tell now and then how much of a Hub repository is here, as long as that grows."""
+        folder = _hub_folder(name)
+        if folder is None:
+            yield
+            return
+        done = threading.Event()
+        watch = threading.Thread(
+            target=self._watch, args=(str(name), folder, every, done), name="download-watch", daemon=True
+        )
+        watch.start()
+        try:
+            yield
+        finally:
+            done.set()
+            watch.join()
+
+    def _watch(self, name: str, folder: Path, every: float, done: threading.Event) -> None:
+        known = _size(folder)
+        while not done.wait(every):
+            size = _size(folder)
+            if size > known:
+                self.enter(f"downloading {name}: {size / GIB:.2f} GiB so far")
+            known = size
+
+
+def _hub_folder(name: str | Path) -> Path | None:
+    """Where the files of a Hub repository are kept; None for what is no name of one."""
+    path = Path(name).expanduser()
+    if path.exists() or path.is_absolute() or len(path.parts) > 2 or str(name).startswith("."):
+        return None
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=str(name), repo_type="model") / "blobs"
+
+
+def _size(folder: Path) -> int:
+    """Of all files, unfinished ones included, which may be renamed at any moment."""
+    size = 0
+    for path in folder.glob("*"):
+        with contextlib.suppress(OSError):
+            size += path.stat().st_size
+    return size
