@@ -65,7 +65,8 @@ def load_parts(
     if config.memory_check:
         with stages.downloading(source or model):
             check_memory(model, source, config, vocab_size=chat.vocab_size, dtype=dtype, device=device)
-    stages.enter(f"weights of {model}: {describe_files(model)}, on {device}")
+    kind = str(dtype).removeprefix("torch.")
+    stages.enter(f"weights of {model}: {describe_files(model)}, as {kind} on {device}")
     with stages.downloading(model):
         backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
     if source is None:
@@ -164,6 +165,7 @@ def resolve_device(name: str) -> torch.device:
     """A torch device; "auto" is CUDA if there is one, "auto:N" then CUDA device N."""
     kind, _, index = name.partition(":")
     if kind == "auto" and (index.isdecimal() or name == "auto"):
+        _warn_of_unused(is_one_of_several=bool(index))
         if not torch.cuda.is_available():
             return torch.device("cpu")
         name = f"cuda:{index}" if index else "cuda"
@@ -180,17 +182,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _best_device() -> torch.device:
-    """With a warning where that leaves a GPU unused."""
-    if not torch.cuda.is_available():
-        reason = unused_gpu()
-        if reason is not None:
-            logger.warning("there seems to be an NVIDIA GPU, but everything runs on the CPU: %s", reason)
-        return torch.device("cpu")
+def _warn_of_unused(*, is_one_of_several: bool) -> None:
+    """GPUs that choosing a device by itself leaves idle."""
+    reason = unused_gpu()
+    if reason is not None:
+        logger.warning("there seems to be an NVIDIA GPU, but everything runs on the CPU: %s", reason)
     count = torch.cuda.device_count()
-    if count > 1:
+    if count > 1 and not is_one_of_several:
         logger.warning("only one of %d CUDA devices is used; MEDUSA_WORKERS=%d uses them all", count, count)
-    return torch.device("cuda")
 
 
 def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.dtype:
