@@ -1,5 +1,7 @@
 """The engine's slots: who gets one, whose turn it is, and how every request ends."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -137,7 +139,21 @@ def test_a_prompt_may_leave_room_for_one_token(build_engine: BuildEngine, random
     assert (len(answer.token_ids), answer.finish_reason) == (1, FinishReason.LENGTH)
 
 
-FAILURES = (RuntimeError("out of luck"), torch.OutOfMemoryError("out of memory"), IndexError("beyond"))
+def allocation_error(allocate: Callable[[], object]) -> Exception:
+    """What an allocation beyond all memory really raises."""
+    try:
+        allocate()
+    except (RuntimeError, MemoryError) as error:
+        return error
+    raise AssertionError("there was room")
+
+
+OUT_OF_MEMORY = (
+    torch.OutOfMemoryError("CUDA out of memory"),
+    allocation_error(lambda: torch.empty(2**55)),
+    allocation_error(lambda: bytearray(2**60)),
+)
+FAILURES = (RuntimeError("out of luck"), IndexError("beyond"), *OUT_OF_MEMORY)
 
 
 @pytest.mark.parametrize("error", FAILURES, ids=lambda error: type(error).__name__)
@@ -158,6 +174,7 @@ def test_a_failing_request_fails_alone(
     assert last.finish_reason is FinishReason.ERROR
     assert last.error == f"{type(error).__name__}: {error}"
     assert (last.token_ids, last.stats) == ((), None)
+    assert last.out_of_memory == (error in OUT_OF_MEMORY)
     assert [output.finish_reason for output in outputs["bad"][:-1]] == [None] * (len(outputs["bad"]) - 1)
     assert tokens_of(outputs["good"]) == expected
     assert engine.num_free_slots == 2

@@ -41,7 +41,7 @@ def error_of(events):
 
 
 def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
-    server = start_server(slots=4, stall_timeout=3.0)
+    server = start_server(slots=4, stall_timeout=3.0, load_timeout=8.0)
     scheduler = server.runtime.scheduler
     try:
         streams = Background([lambda: server.stream(max_tokens=8000)] * 4)
@@ -70,6 +70,19 @@ def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
         assert server.get("/ready").status_code == 200
         assert server.metric("medusa_worker_restarts_total", reason="hang") == 1
         assert server.metric("medusa_errors_total", code="worker_lost") == 5
+
+        # One that hangs while it loads is not waited for either.
+        pid = server.worker_pid
+        server.kill_worker()
+        replica = server.runtime.pool._replicas[0]
+        wait_until(lambda: replica.worker is not None and replica.worker.info is None)
+        assert server.worker_pid != pid
+        server.kill_worker(signal.SIGSTOP)
+        assert "the worker is starting: " in server.get("/ready").text
+        assert server.metric("medusa_workers", state="starting") == 1
+        assert server.metric("medusa_ready") == 0
+        assert server.post(timeout=120, max_tokens=3).status_code == 200
+        assert server.metric("medusa_worker_restarts_total", reason="load") == 1
     finally:
         server.stop()
 
@@ -105,8 +118,8 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
         server.stop()
 
 
-def test_two_devices_are_two_workers(start_server, wait_until):
-    server = start_server(device="cpu,cpu")
+def test_two_workers_behind_one_queue(start_server, wait_until):
+    server = start_server(device="cpu", workers=2)
     scheduler = server.runtime.scheduler
     replicas = server.runtime.pool._replicas
     try:

@@ -115,6 +115,27 @@ def test_devices_and_engine_config():
     assert (config.device, config.slots, config.tree_nodes, config.dtype) == ("cuda:1", 2, 8, "bfloat16")
 
 
+@pytest.mark.parametrize(
+    ("device", "workers", "expected"),
+    [
+        ("auto", None, ["auto"]),
+        ("auto", "1", ["auto"]),
+        ("auto", "3", ["auto:0", "auto:1", "auto:2"]),
+        ("cuda", "2", ["cuda:0", "cuda:1"]),
+        ("cpu", "2", ["cpu", "cpu"]),
+        ("cuda:1,cuda:3", "2", ["cuda:1", "cuda:3"]),
+    ],
+)
+def test_workers_spread_over_devices(device, workers, expected):
+    assert list(load_settings({"device": device, "workers": workers}).devices) == expected
+
+
+@pytest.mark.parametrize(("device", "workers"), [("cuda:0", "2"), ("cuda:0,cuda:1", "3"), ("cpu,cpu", "1")])
+def test_workers_and_devices_that_contradict_each_other(device, workers):
+    with pytest.raises(ConfigError, match=rf"MEDUSA_WORKERS is {workers}, but MEDUSA_DEVICE names"):
+        load_settings({"device": device, "workers": workers})
+
+
 def test_model_name(tmp_path):
     (tmp_path / "my-model").mkdir()
     assert load_settings({"model": str(tmp_path / "my-model") + "/"}).model_name == "my-model"
