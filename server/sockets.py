@@ -5,6 +5,7 @@ import socket
 from medusa_core.errors import ConfigError
 
 BACKLOG = 2048
+SEND_BUFFER = 64 * 1024  # bytes the kernel holds for a client that does not read (Linux doubles it)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -20,6 +21,9 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections inherit it. Left alone, the kernel lets the buffer grow to megabytes: whole answers fit in,
+        # and nobody ever notices a client that has stopped reading.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:

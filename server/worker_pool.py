@@ -154,6 +154,11 @@ class Replica:
         if self._timer is not None:
             self._timer.cancel()
 
+    @property
+    def _level(self) -> int:
+        # At the first start of a lone worker its failure ends the server with this very text; once is enough.
+        return logging.ERROR if self.has_started or not self._pool.has_one_worker else logging.DEBUG
+
     def _handle_event(self, worker: WorkerProcess, event: Event) -> None:
         listener = self._pool.listener
         match event:
@@ -179,10 +184,8 @@ class Replica:
         listener.worker_lost(worker)
         if self._pool.is_stopping:
             return
-        # At the first start the failure ends the server with this very text; once is enough.
-        level = logging.ERROR if self.has_started else logging.DEBUG
         logger.log(
-            level,
+            self._level,
             "worker %d ended (exit code %s): %s",
             worker.generation,
             worker.exit_code,
@@ -208,7 +211,7 @@ class Replica:
 
     def _give_up(self, reason: str) -> None:
         self.given_up = reason
-        logger.log(logging.ERROR if self.has_started else logging.DEBUG, "no further restart: %s", reason)
+        logger.log(self._level, "no further restart: %s", reason)
         self._pool.note_given_up()
 
 
@@ -230,6 +233,10 @@ class WorkerPool:
         self._replicas = [Replica(self, config) for config in configs]
         self._served: asyncio.Future[ServedModel] | None = None
         self._watchdog: asyncio.Task[None] | None = None
+
+    @property
+    def has_one_worker(self) -> bool:
+        return len(self._replicas) == 1
 
     @property
     def num_slots(self) -> int:

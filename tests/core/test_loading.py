@@ -135,6 +135,7 @@ def test_static_tree_of_the_settings(model_dir: Path, tmp_path: Path) -> None:
         ("mps", "device must be auto, cpu, cuda or cuda:N, not 'mps'"),
         ("meta", "device must be auto, cpu, cuda or cuda:N, not 'meta'"),
         ("cuda:99", "device cuda:99 was asked for, but"),
+        ("auto:x", "device must be auto, cpu, cuda or cuda:N, not 'auto:x'"),
     ],
 )
 def test_devices_there_are_not(name: str, message: str) -> None:
@@ -145,6 +146,7 @@ def test_devices_there_are_not(name: str, message: str) -> None:
 def test_device_names() -> None:
     assert resolve_device("cpu") == CPU
     assert resolve_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert resolve_device("auto:0").type == resolve_device("auto").type
 
 
 def test_dtype_names(tiny_model_dir: Path) -> None:
