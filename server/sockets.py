@@ -21,8 +21,8 @@ def bind(host: str, port: int) -> socket.socket:
         raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Connections inherit it. Left alone, the kernel lets the buffer grow to megabytes: whole answers fit in,
-        # and nobody ever notices a client that has stopped reading.
+        # Connections inherit it. Left alone, the kernel lets the buffer grow to megabytes: whole answers fit
+        # in, and nobody ever notices a client that has stopped reading.
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         listener.bind(address)
         listener.listen(BACKLOG)
