@@ -58,7 +58,7 @@ def decode_stats(result: StepResult, mode: SpeculationMode) -> StepStats:
 
 def failed(request_id: str, error: Exception) -> StepOutput:
     """The last output of a request whose step failed; the error goes to the log as well."""
-    logger.error("request %s failed", request_id, exc_info=error)
+    logger.error("request %s failed", request_id, exc_info=error, extra={"completion_id": request_id})
     out_of_memory = is_out_of_memory(error)
     if out_of_memory and torch.cuda.is_available():
         # What other requests freed lies in blocks of sizes this one could not use.

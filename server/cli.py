@@ -2,7 +2,10 @@
 
 import logging
 
+import typer
+
 from medusa_core.cli import app, run
+from medusa_core.errors import MedusaError
 from server.flags import settings_flags
 from server.log import configure_logging
 from server.settings import Settings, load_settings, unknown_variables
@@ -15,13 +18,19 @@ logger = logging.getLogger(__name__)
 def serve(**flags: str | None) -> None:
     """Serve a model over the OpenAI API. Flags override MEDUSA_… environment variables."""
     settings = load_settings(flags)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     for name in unknown_variables():
         logger.warning("%s is set, but there is no such setting", name)
     # Only here: the other commands should not load a web framework.
     from server.listener import serve as run_server
 
-    run_server(settings)
+    try:
+        run_server(settings)
+    except MedusaError as error:
+        if settings.log_format == "text":
+            raise
+        logger.critical("%s", error)
+        raise typer.Exit(1) from error
 
 
 def main() -> None:

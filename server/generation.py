@@ -22,12 +22,28 @@ class TextDelta:
 class Generation:
     """Reads one job's mailbox to the end. What a reader that lags finds gathered becomes one delta."""
 
-    def __init__(self, job: Job, scheduler: Scheduler, chat: ChatTokenizer, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        job: Job,
+        scheduler: Scheduler,
+        chat: ChatTokenizer,
+        stops: Sequence[str],
+        *,
+        keep_chars: int = 0,
+    ) -> None:
+        """The first `keep_chars` characters of the text are kept as `transcript`."""
         self.job = job
         self._scheduler = scheduler
         self._detokenizer = IncrementalDetokenizer(chat.tokenizer)
         self._stops = StopMatcher(stops) if stops else None
         self._num_tokens = 0
+        self._room = keep_chars
+        self._kept: list[str] = []
+
+    @property
+    def transcript(self) -> str:
+        """What was handed out so far, up to the limit, for the log."""
+        return "".join(self._kept)
 
     async def deltas(self) -> AsyncIterator[TextDelta]:
         """Ends with the delta that has a finish reason. Raises the job's `ApiError`.
@@ -36,20 +52,12 @@ class Generation:
         """
         try:
             while True:
-                token_ids, end = await self.job.mailbox.take()
-                text, hit = self._push(token_ids)
-                if hit:
-                    self._scheduler.stop(self.job)
-                    yield TextDelta(text, FinishReason.STOP)
+                delta = await self._next()
+                self._keep(delta.text)
+                if delta.text or delta.finish_reason is not None:
+                    yield delta
+                if delta.finish_reason is not None:
                     return
-                if isinstance(end, Failed):
-                    raise end.error
-                if end is not None:
-                    rest, hit = self._flush()
-                    yield TextDelta(text + rest, FinishReason.STOP if hit else end.reason)
-                    return
-                if text:
-                    yield TextDelta(text)
         finally:
             self._scheduler.cancel(self.job)
 
@@ -72,6 +80,24 @@ class Generation:
             total_tokens=len(job.prompt_ids) + self._num_tokens,
             speculation=SpeculationUsage(steps=job.decode_steps, acceptance_length=length),
         )
+
+    async def _next(self) -> TextDelta:
+        token_ids, end = await self.job.mailbox.take()
+        text, hit = self._push(token_ids)
+        if hit:
+            self._scheduler.stop(self.job)
+            return TextDelta(text, FinishReason.STOP)
+        if isinstance(end, Failed):
+            raise end.error
+        if end is None:
+            return TextDelta(text)
+        rest, hit = self._flush()
+        return TextDelta(text + rest, FinishReason.STOP if hit else end.reason)
+
+    def _keep(self, text: str) -> None:
+        if self._room > 0 and text:
+            self._kept.append(text[: self._room])
+            self._room -= len(text)
 
     def _push(self, token_ids: list[int]) -> tuple[str, bool]:
         if self._stops is None:

@@ -71,6 +71,7 @@ def build_server(app: FastAPI) -> DrainingServer:
     settings: Settings = app.state.runtime.settings
     config = uvicorn.Config(
         app,
+        access_log=False,  # `server.access` knows more
         http=build_protocol(settings.body_timeout),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,

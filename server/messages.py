@@ -25,6 +25,7 @@ class Submit(Struct, frozen=True, tag=True):
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
+    client_id: str = ""  # for the log
 
 
 class Abort(Struct, frozen=True, tag=True):

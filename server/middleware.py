@@ -3,22 +3,29 @@
 import logging
 import re
 import secrets
+import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server import errors
+from server.access import log_request
+from server.log import REQUEST_ID, request_ids
 from server.metrics import ServerMetrics
+from server.record import RequestRecord, put_record
 from server.responses import ERROR_CODE, error_response
 
 logger = logging.getLogger(__name__)
 
 UNROUTED = "none"  # of requests that reached no route: unknown paths, refusals before routing
-REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
-    """Gives every response an `x-request-id`, the client's own if it is sane, and counts it."""
+    """Gives every request a record and every response an `x-request-id`, the client's own if it is sane.
+
+    At its end a request is counted and goes to the access log.
+    """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
         self._app = app
@@ -29,21 +36,31 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        request_id = _request_id(headers.get("x-request-id"))
+        record = _new_record(scope, headers)
+        put_record(scope, record)
+        token = request_ids.set(record.ids)
         if headers.get("x-stainless-retry-count", "0") not in ("", "0"):
             self._metrics.client_retries.inc()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = request_id
-                self._count(scope, message["status"])
+                MutableHeaders(scope=message)["x-request-id"] = record.request_id
+                self._count(scope, record, message["status"])
             await send(message)
 
-        await self._app(scope, receive, send_with_id)
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            record.ended = time.monotonic()
+            log_request(record)
+            request_ids.reset(token)
 
-    def _count(self, scope: Scope, status: int) -> None:
-        self._metrics.observe_response(getattr(scope.get("route"), "path", UNROUTED), status)
+    def _count(self, scope: Scope, record: RequestRecord, status: int) -> None:
+        record.status = status
+        record.route = getattr(scope.get("route"), "path", UNROUTED)
+        self._metrics.observe_response(record.route, status)
         if ERROR_CODE in scope:
+            record.error = scope[ERROR_CODE]
             self._metrics.observe_error(scope[ERROR_CODE])
 
 
@@ -73,5 +90,16 @@ class ShapeCrashes:
             await error_response(errors.internal())(scope, receive, noting_send)
 
 
+def _new_record(scope: Scope, headers: Headers) -> RequestRecord:
+    client = scope.get("client")
+    return RequestRecord(
+        method=scope["method"],
+        path=scope["path"],
+        client=client[0] if client else "-",
+        traceparent=headers.get("traceparent"),
+        ids={REQUEST_ID: _request_id(headers.get("x-request-id"))},
+    )
+
+
 def _request_id(given: str | None) -> str:
-    return given if given is not None and REQUEST_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+    return given if given is not None and SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"

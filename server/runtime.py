@@ -6,6 +6,7 @@ import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import msgspec
 
@@ -58,6 +59,7 @@ class Runtime:
                     heads=settings.heads,
                     engine=settings.engine_config(device),
                     log_level=settings.log_level,
+                    log_format=settings.log_format,
                     num_workers=len(settings.devices),
                 )
                 for device in settings.devices
@@ -81,7 +83,15 @@ class Runtime:
         self._spawn(self._load())
 
     def why_not_ready(self) -> str | None:
-        """None if a request would be served now."""
+        """None if a request would be served now; else a reason without paths, for whoever may ask."""
+        reason = self._why_not_ready()
+        # Heads first: they may lie below the model.
+        for path, name in ((self.settings.heads, "the heads"), (self.settings.model, self.model_name)):
+            if reason is not None and path is not None and Path(path).is_absolute():
+                reason = reason.replace(path, name)
+        return reason
+
+    def _why_not_ready(self) -> str | None:
         if self.start_error is not None:
             return str(self.start_error)
         if self.is_draining:

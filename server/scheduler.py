@@ -16,8 +16,10 @@ from typing import Protocol
 from medusa_core.request import FinishReason, SamplingParams, StepOutput
 from server import errors
 from server.errors import ApiError
+from server.log import COMPLETION_ID, REQUEST_ID
 from server.mailbox import End, Failed, Finished, Mailbox
 from server.metrics import ServerMetrics, acceptance_length
+from server.timeline import Timeline
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +33,9 @@ class WorkerPort(Protocol):
     def num_free(self) -> int:
         """Slots without a request."""
 
-    def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+    def submit(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
+    ) -> None:
         """Take the request into a free slot; never blocks."""
 
     def abort(self, request_id: str) -> None:
@@ -54,6 +58,7 @@ class Job:
     prompt_ids: list[int]
     params: SamplingParams
     arrived: float
+    client_id: str = ""  # `x-request-id`, for the log
     mailbox: Mailbox = field(default_factory=lambda: Mailbox(CHUNK_INTERVAL))
     state: JobState = JobState.WAITING
     worker: WorkerPort | None = None
@@ -61,6 +66,15 @@ class Job:
     has_tokens: bool = False
     decode_steps: int = 0
     decode_tokens: int = 0
+    timeline: Timeline = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.timeline = Timeline(self.arrived)
+
+    @property
+    def log_ids(self) -> dict[str, str]:
+        """For a log line about it that is written outside its own task."""
+        return {COMPLETION_ID: self.request_id} | ({REQUEST_ID: self.client_id} if self.client_id else {})
 
 
 class Scheduler:
@@ -110,10 +124,12 @@ class Scheduler:
         finally:
             self._num_preparing -= 1
 
-    def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> Job:
+    def submit(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
+    ) -> Job:
         """Accept a request, which gets exactly one end in its mailbox. Raises like `check_room`."""
         self.check_room()
-        job = Job(request_id, prompt_ids, params, arrived=time.monotonic())
+        job = Job(request_id, prompt_ids, params, arrived=time.monotonic(), client_id=client_id)
         job.timer = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, job)
         self._waiting[request_id] = job
         self._idle.clear()
@@ -157,7 +173,7 @@ class Scheduler:
             case None:
                 pass
             case FinishReason.ERROR:
-                logger.error("request %s failed on the worker: %s", job.request_id, output.error)
+                logger.error("the request failed on the worker: %s", output.error, extra=job.log_ids)
                 self._end(job, Failed(self._failure_of(output)))
             case reason:
                 self._end(job, Finished(reason))
@@ -191,14 +207,15 @@ class Scheduler:
             job.state, job.worker = JobState.RUNNING, worker
             self._running[job.request_id] = job
             self._metrics.queue_wait.observe(time.monotonic() - job.arrived)
-            worker.submit(job.request_id, job.prompt_ids, job.params)
+            job.timeline.dispatch()
+            worker.submit(job.request_id, job.prompt_ids, job.params, job.client_id)
 
     def _expire(self, job: Job) -> None:
         if job.state is JobState.RUNNING:
-            logger.warning("request %s cut short: it ran into the request timeout", job.request_id)
+            logger.warning("cut short: the request ran into its timeout", extra=job.log_ids)
             self._end(job, Finished(FinishReason.LENGTH))
         else:
-            logger.warning("request %s refused: no slot within the request timeout", job.request_id)
+            logger.warning("refused: no slot within the request timeout", extra=job.log_ids)
             self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
 
     def _end(self, job: Job, end: End) -> None:
@@ -215,6 +232,7 @@ class Scheduler:
             del self._waiting[job.request_id]
         job.mailbox.close(end)
         reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
+        job.timeline.end(reason)
         self._metrics.observe_end(reason, time.monotonic() - job.arrived)
         if not self._waiting and not self._running:
             self._idle.set()
@@ -227,6 +245,7 @@ class Scheduler:
         return errors.out_of_memory()
 
     def _count(self, job: Job, output: StepOutput, num_tokens: int) -> None:
+        job.timeline.step(output)
         if num_tokens and not job.has_tokens:
             job.has_tokens = True
             self._metrics.time_to_first_token.observe(time.monotonic() - job.arrived)

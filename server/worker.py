@@ -23,7 +23,7 @@ import msgspec
 from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError, MedusaError, TreeError
 from medusa_core.request import SamplingParams, StepOutput
-from server.log import configure_logging
+from server.log import COMPLETION_ID, LogFormat, adopt_libraries, configure_logging
 from server.messages import (
     Abort,
     Command,
@@ -57,6 +57,7 @@ class WorkerConfig:
     heads: str | None
     engine: EngineConfig
     log_level: str
+    log_format: LogFormat = "text"
     num_workers: int = 1
 
 
@@ -107,8 +108,16 @@ class Outbox:
 class WorkerLoop:
     """Commands in, steps out, until told to leave."""
 
-    def __init__(self, engine: WorkerEngine, generation: int, commands: Connection, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        generation: int,
+        commands: Connection,
+        outbox: Outbox,
+        client_ids: dict[str, str] | None = None,
+    ) -> None:
         self._engine = engine
+        self._client_ids = {} if client_ids is None else client_ids
         self._generation = generation
         self._commands = commands
         self._outbox = outbox
@@ -139,6 +148,8 @@ class WorkerLoop:
     def _step(self) -> None:
         outputs = self._engine.step()
         for output in outputs:
+            if output.finish_reason is not None:
+                self._client_ids.pop(output.request_id, None)
             if output.error is not None:
                 self._outbox.put(Step(self._generation, replace(output, error=clip(output.error))))
             else:
@@ -149,14 +160,18 @@ class WorkerLoop:
     def _obey(self, command: Command) -> None:
         match command:
             case Submit(generation=generation) if generation != self._generation:
-                logger.error("request %s was meant for worker generation %d", command.request_id, generation)
+                ids = {COMPLETION_ID: command.request_id}
+                logger.error("a request was meant for worker generation %d", generation, extra=ids)
             case Submit(request_id=request_id, prompt_ids=prompt_ids, params=params):
+                self._client_ids[request_id] = command.client_id
                 try:
                     self._engine.add(request_id, prompt_ids, params)
                 except MedusaError as error:
+                    self._client_ids.pop(request_id)
                     self._outbox.put(Rejected(self._generation, request_id, clip(str(error)), _param(error)))
             case Abort(request_id=request_id):
                 self._engine.abort(request_id)
+                self._client_ids.pop(request_id, None)
             case Shutdown():
                 raise AssertionError("the loop handles Shutdown itself")
 
@@ -165,15 +180,19 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
     """Entry point of the process."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    configure_logging(config.log_level)
+    client_ids: dict[str, str] = {}  # of the requests that are here, by completion id
+    configure_logging(config.log_level, config.log_format, worker=generation, client_ids=client_ids)
     _leave_with_parent()
-    outbox = Outbox(events)
-    engine = _build_engine(config, generation, events)
-    outbox.put(Ready(generation, _describe(engine), engine.default_params()))
     try:
-        WorkerLoop(engine, generation, commands, outbox).run()
+        outbox = Outbox(events)
+        engine = _build_engine(config, generation, events)
+        outbox.put(Ready(generation, _describe(engine), engine.default_params()))
+        WorkerLoop(engine, generation, commands, outbox, client_ids).run()
     except (EOFError, BrokenPipeError):
         logger.debug("worker %d leaves: the API process is gone", generation)
+    except Exception:  # multiprocessing would print it past the log
+        logger.critical("worker %d ends by an error", generation, exc_info=True)
+        sys.exit(1)
 
 
 def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> Any:
@@ -190,9 +209,12 @@ def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> 
     # Only here: the API process imports this module, and must not import torch.
     from medusa_core.engine import Engine
 
+    adopt_libraries()
+
     try:
-        tell("loading the model")
-        return Engine.from_pretrained(config.model, heads=config.heads, config=config.engine)
+        return Engine.from_pretrained(
+            config.model, heads=config.heads, config=config.engine, on_stage=tell
+        )
     except (MedusaError, OSError, ValueError, RuntimeError, MemoryError) as error:
         logger.debug("the engine could not be built", exc_info=True)
         text = str(error) if isinstance(error, MedusaError) else f"{type(error).__name__}: {error}"

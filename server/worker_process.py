@@ -103,11 +103,13 @@ class WorkerProcess:
         )
         writer.start()
 
-    def submit(self, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+    def submit(
+        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
+    ) -> None:
         if not self._running:
             self.last_progress = time.monotonic()
         self._running.add(request_id)
-        self._send(Submit(self.generation, request_id, prompt_ids, params))
+        self._send(Submit(self.generation, request_id, prompt_ids, params, client_id))
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running:

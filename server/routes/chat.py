@@ -12,6 +12,7 @@ from starlette.responses import Response
 from server import errors
 from server.dependencies import get_runtime
 from server.generation import Generation, TextDelta
+from server.record import MAX_PROMPT_CHARS, ChatRecord, record_of
 from server.responses import json_response
 from server.runtime import LoadedModel, Runtime
 from server.schemas.chat import AssistantMessage, ChatCompletion, ChatRequest, Choice
@@ -21,7 +22,7 @@ from server.streaming import ChatStream, ChunkEncoder, chat_events
 CLIENT_CLOSED = 499  # nobody reads it; the access log does
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorResponse} for status in (400, 404, 413, 429, 500, 503)
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 431, 500, 503)
 }
 
 router = APIRouter(tags=["chat"])
@@ -35,12 +36,33 @@ async def create_chat_completion(
     if body.model != runtime.model_name:
         raise errors.model_not_found(body.model)
     model = runtime.require_model()
+    started = time.monotonic()
     with runtime.scheduler.preparing():
         prepared = await model.prompts.prepare(body)
+    ended = time.monotonic()
     runtime.require_model()  # a drain may have begun meanwhile
+    record = record_of(request)
     completion_id = f"chatcmpl-{secrets.token_hex(12)}"
-    job = runtime.scheduler.submit(completion_id, prepared.prompt_ids, prepared.params)
-    generation = Generation(job, runtime.scheduler, model.chat, prepared.stops)
+    record.set_completion(completion_id)
+    job = runtime.scheduler.submit(
+        completion_id, prepared.prompt_ids, prepared.params, client_id=record.request_id
+    )
+    keeps_text = runtime.settings.log_prompts
+    generation = Generation(
+        job,
+        runtime.scheduler,
+        model.chat,
+        prepared.stops,
+        keep_chars=MAX_PROMPT_CHARS if keeps_text else 0,
+    )
+    record.chat = ChatRecord(
+        is_stream=bool(body.stream),
+        params=prepared.params,
+        prepare_started=started,
+        prepare_ended=ended,
+        generation=generation,
+        messages=[(message.role, message.text) for message in body.messages] if keeps_text else None,
+    )
     if body.stream:
         return _stream(generation, body, model, runtime)
     return await _complete(generation, request, model, runtime)

@@ -24,7 +24,7 @@ class NotingWorker:
     def num_free(self):
         return self.slots - len(self.running)
 
-    def submit(self, request_id, prompt_ids, params):
+    def submit(self, request_id, prompt_ids, params, client_id=""):
         assert self.num_free > 0
         self.running.append(request_id)
 

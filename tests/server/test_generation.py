@@ -20,7 +20,7 @@ TEXT = "The table is booked — enjoy your meal! 🍝 Anything else?"
 class OneSlot:
     num_free = 1
 
-    def submit(self, request_id, prompt_ids, params):
+    def submit(self, request_id, prompt_ids, params, client_id=""):
         pass
 
     def abort(self, request_id):

@@ -153,7 +153,8 @@ def test_deadline_of_waiting_and_running(bench, caplog):
         scheduler._expire(running)
         assert await bench.end_of(running) == Finished(FinishReason.LENGTH)
         assert worker.aborted == ["a"]
-        assert "a cut short" in caplog.text
+        assert [record.completion_id for record in caplog.records] == ["b", "a"]
+        assert "cut short" in caplog.text
 
     bench.run(scenario, request_timeout=0.02)
 
