@@ -62,12 +62,11 @@ def _chat_fields(chat: ChatRecord) -> dict[str, object]:
 
 def _log_prompt(record: RequestRecord, chat: ChatRecord) -> None:
     said = bounded_messages(chat)
-    answer = chat.answer or ""
     prompts.info(
         "messages=%s answer=%s",
         json.dumps(said),
-        json.dumps(answer),
-        extra={"messages": said, "answer": answer, **record.ids},
+        json.dumps(chat.answer),
+        extra={"messages": said, "answer": chat.answer, **record.ids},
     )
 
 

@@ -64,7 +64,7 @@ def _add_layers(app: FastAPI, runtime: Runtime) -> None:
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after", "x-should-retry"),
         )
-    app.add_middleware(RequestContext, metrics=runtime.metrics)
+    app.add_middleware(RequestContext, metrics=runtime.metrics, tracing=runtime.tracing)
 
 
 @asynccontextmanager

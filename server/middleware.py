@@ -14,22 +14,25 @@ from server.log import REQUEST_ID, request_ids
 from server.metrics import ServerMetrics
 from server.record import RequestRecord, put_record
 from server.responses import ERROR_CODE, error_response
+from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
 UNROUTED = "none"  # of requests that reached no route: unknown paths, refusals before routing
+TRACE_HEADERS = ("traceparent", "tracestate")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 class RequestContext:
     """Gives every request a record and every response an `x-request-id`, the client's own if it is sane.
 
-    At its end a request is counted and goes to the access log.
+    At its end a request is counted, traced and goes to the access log.
     """
 
-    def __init__(self, app: ASGIApp, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: ServerMetrics, tracing: Tracing | None) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,13 +55,13 @@ class RequestContext:
             await self._app(scope, receive, send_with_id)
         finally:
             record.ended = time.monotonic()
-            log_request(record)
+            log_request(record, None if self._tracing is None else self._tracing.export(record))
             request_ids.reset(token)
 
     def _count(self, scope: Scope, record: RequestRecord, status: int) -> None:
         record.status = status
-        record.route = getattr(scope.get("route"), "path", UNROUTED)
-        self._metrics.observe_response(record.route, status)
+        record.route = getattr(scope.get("route"), "path", None)
+        self._metrics.observe_response(record.route or UNROUTED, status)
         if ERROR_CODE in scope:
             record.error = scope[ERROR_CODE]
             self._metrics.observe_error(scope[ERROR_CODE])
@@ -95,8 +98,9 @@ def _new_record(scope: Scope, headers: Headers) -> RequestRecord:
     return RequestRecord(
         method=scope["method"],
         path=scope["path"],
+        scheme=scope.get("scheme", "http"),
         client=client[0] if client else "-",
-        traceparent=headers.get("traceparent"),
+        trace_context={name: headers[name] for name in TRACE_HEADERS if name in headers},
         ids={REQUEST_ID: _request_id(headers.get("x-request-id"))},
     )
 

@@ -1,7 +1,7 @@
 """What is known of one HTTP request: gathered on its way through, told to log and traces at its end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -33,7 +33,7 @@ class ChatRecord:
         return self.generation.job
 
     @property
-    def answer(self) -> str | None:
+    def answer(self) -> str:
         """The text so far, if prompts are to be logged."""
         return self.generation.transcript
 
@@ -44,8 +44,9 @@ class RequestRecord:
 
     method: str
     path: str
+    scheme: str
     client: str
-    traceparent: str | None
+    trace_context: Mapping[str, str]  # W3C headers of whoever called
     ids: dict[str, str]
     started: float = field(default_factory=time.monotonic)
     started_ns: int = field(default_factory=time.time_ns)

@@ -19,6 +19,7 @@ from server.metrics import ServerMetrics
 from server.prompts import PromptBuilder
 from server.scheduler import Scheduler
 from server.settings import Settings
+from server.tracing import build_tracing
 from server.worker import WorkerConfig
 from server.worker_pool import PoolPolicy, WorkerPool
 
@@ -46,6 +47,7 @@ class Runtime:
         self.scheduler = Scheduler(
             queue_limit=settings.queue_limit, request_timeout=settings.request_timeout, metrics=self.metrics
         )
+        self.tracing = build_tracing(settings, self.model_name)
         self.model: LoadedModel | None = None
         self.start_error: MedusaError | None = None
         self.is_draining = False
@@ -123,6 +125,8 @@ class Runtime:
             task.cancel()
         await self.pool.stop()
         self._executor.shutdown(wait=False, cancel_futures=True)
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.stop)
 
     def _spawn(self, coroutine: "asyncio._CoroutineLike[None]") -> None:
         task = asyncio.get_running_loop().create_task(coroutine)

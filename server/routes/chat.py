@@ -11,8 +11,9 @@ from starlette.responses import Response
 
 from server import errors
 from server.dependencies import get_runtime
+from server.errors import ApiError
 from server.generation import Generation, TextDelta
-from server.record import MAX_PROMPT_CHARS, ChatRecord, record_of
+from server.record import MAX_PROMPT_CHARS, ChatRecord, RequestRecord, record_of
 from server.responses import json_response
 from server.runtime import LoadedModel, Runtime
 from server.schemas.chat import AssistantMessage, ChatCompletion, ChatRequest, Choice
@@ -64,11 +65,17 @@ async def create_chat_completion(
         messages=[(message.role, message.text) for message in body.messages] if keeps_text else None,
     )
     if body.stream:
-        return _stream(generation, body, model, runtime)
+        return _stream(generation, body, model, runtime, record)
     return await _complete(generation, request, model, runtime)
 
 
-def _stream(generation: Generation, body: ChatRequest, model: LoadedModel, runtime: Runtime) -> Response:
+def _stream(
+    generation: Generation, body: ChatRequest, model: LoadedModel, runtime: Runtime, record: RequestRecord
+) -> Response:
+    def on_error(error: ApiError) -> None:
+        runtime.metrics.observe_error(error.label)
+        record.error = error.label
+
     include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
     encoder = ChunkEncoder(
         completion_id=generation.job.request_id,
@@ -82,7 +89,7 @@ def _stream(generation: Generation, body: ChatRequest, model: LoadedModel, runti
             generation,
             encoder,
             include_usage=include_usage,
-            on_error=lambda error: runtime.metrics.observe_error(error.label),
+            on_error=on_error,
         ),
         on_close=lambda: runtime.scheduler.cancel(generation.job),
         keepalive=runtime.settings.keepalive,
