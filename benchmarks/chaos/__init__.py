@@ -1,0 +1,1 @@
+"""What `benchmarks/soak.py` and `benchmarks/overload.py` are made of: clients, faults, judgement, report."""
