@@ -22,7 +22,7 @@ help:
 	@echo "make example  a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
 	@echo "make test     all tests with branch coverage; ARGS='tests/core -k tree' for some of them"
 	@echo "make tools    programs that some tests run (Prometheus, docker-compose), unpacked into .venv; .ci/run does it"
-	@echo "make check    formatting, lint, types, import contracts, documentation"
+	@echo "make check    formatting, lint, types, import contracts, security, documentation"
 	@echo "make format   format the code and mend what ruff can mend"
 
 # A stamp says that the installation came to its end; one whose python is gone does not count.
@@ -58,6 +58,8 @@ check: setup
 	$(RUN) ruff check .
 	$(RUN) mypy
 	$(VENV)/bin/lint-imports
+	$(RUN) bandit --quiet --configfile pyproject.toml --recursive medusa_core server
+	@$(VENV)/bin/python .ci/audit.py
 	$(RUN) pytest -q tests/core/test_docs.py
 
 format: setup

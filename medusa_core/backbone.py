@@ -6,7 +6,7 @@ decoding needs. Shapes: B slots, T new tokens, S cached tokens, E hidden, V voca
 
 import contextlib
 import inspect
-import pickle
+import pickle  # for the name of an error alone  # nosec B403
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path

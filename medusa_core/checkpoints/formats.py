@@ -17,7 +17,7 @@ from medusa_core.errors import CheckpointError
 
 HEAD_PREFIX = "medusa_head."  # format C: heads among a whole model's weights
 MODELOPT_PREFIX = "medusa_heads."  # format E, and optionally D
-TOKEN_MAP = "token_map"  # noqa: S105
+TOKEN_MAP = "token_map"  # noqa: S105  # nosec B105
 SHOWN_KEYS = 6
 
 

@@ -1,7 +1,7 @@
 """Where the bytes are: folders, the Hub, safetensors, `.pt` and sharded `.bin`. Knows nothing of heads."""
 
 import json
-import pickle
+import pickle  # for the name of an error alone  # nosec B403
 import struct
 import zipfile
 from collections.abc import Callable

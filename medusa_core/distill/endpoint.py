@@ -78,7 +78,7 @@ class EndpointAnswerer:
     def _wait(self, attempt: int, asked: float | None) -> float:
         """Exponential with jitter, so that requests refused together do not come back together."""
         longest = min(LONGEST_BACKOFF, self._endpoint.retry_delay * 2.0**attempt)
-        seconds = longest * random.uniform(0.5, 1.0)
+        seconds = longest * random.uniform(0.5, 1.0)  # jitter is no secret  # nosec B311
         if asked is None:
             return seconds
         if asked > LONGEST_RETRY_AFTER:
