@@ -72,6 +72,7 @@ def build_server(app: FastAPI) -> DrainingServer:
     config = uvicorn.Config(
         app,
         access_log=False,  # `server.access` knows more
+        loop="asyncio",  # also where something else, Ray for one, has brought uvloop along
         http=build_protocol(settings.body_timeout),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,

@@ -25,6 +25,7 @@ async def serve_operations(app: ASGIApp, listener: socket.socket) -> AsyncIterat
     """Serve `app` on `listener` meanwhile, and close it at the end."""
     config = uvicorn.Config(
         app,
+        http="h11",
         log_config=None,
         access_log=False,
         lifespan="off",
