@@ -212,9 +212,7 @@ def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> 
     adopt_libraries()
 
     try:
-        return Engine.from_pretrained(
-            config.model, heads=config.heads, config=config.engine, on_stage=tell
-        )
+        return Engine.from_pretrained(config.model, heads=config.heads, config=config.engine, on_stage=tell)
     except (MedusaError, OSError, ValueError, RuntimeError, MemoryError) as error:
         logger.debug("the engine could not be built", exc_info=True)
         text = str(error) if isinstance(error, MedusaError) else f"{type(error).__name__}: {error}"
