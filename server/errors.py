@@ -1,5 +1,6 @@
 """Errors a client sees, always in OpenAI's shape, and nothing of our insides in them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from server.schemas.errors import ErrorDetail, ErrorResponse
 MAX_MESSAGE = 400  # characters of a validation message, and of any name a client made up
 RETRY_SOON = 1  # seconds; a queue that is full now has room as soon as one request ends
 RETRY_LATER = 5  # seconds; loading, draining or restarting takes a while
+
+PATH = re.compile(r"(?<![\w/])/(?:[^\s/:'\"]+/)+")  # the folders of an absolute path
 
 CODE_BY_VALIDATION_TYPE = {
     "missing": "missing_required_parameter",
@@ -176,6 +179,11 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         case _:
             message = f"Invalid value for '{name}': {_cut(str(first['msg']))}."
     return invalid(message, param=name, code=code)
+
+
+def without_paths(text: str) -> str:
+    """Paths of the server's files down to their names: where they lie is for the log."""
+    return PATH.sub("", text)
 
 
 def _param(location: tuple[str | int, ...]) -> str | None:

@@ -37,16 +37,20 @@ class PromptBuilder:
     defaults: SamplingParams
     default_mode: SpeculationMode
     executor: ThreadPoolExecutor
+    timeout: float  # seconds; a template is somebody's code and may loop
 
     async def prepare(self, body: ChatRequest) -> PreparedRequest:
-        """Raises a 400 `ApiError` naming the parameter."""
+        """Raises a 400 `ApiError` naming the parameter, or a 503 when time is up."""
         check_combinations(body)
         params = self._params(body)
         loop = asyncio.get_running_loop()
         try:
-            prompt_ids = await loop.run_in_executor(
-                self.executor, self.chat.render, _template_messages(body.messages)
-            )
+            async with asyncio.timeout(self.timeout):
+                prompt_ids = await loop.run_in_executor(
+                    self.executor, self.chat.render, _template_messages(body.messages)
+                )
+        except TimeoutError:
+            raise errors.unavailable("The prompt could not be prepared in time.", "prompt_timeout") from None
         except TokenizerError as error:
             raise errors.invalid(str(error), param="messages") from error
         self._check_length(len(prompt_ids))

@@ -17,11 +17,12 @@ from server import errors
 from server.messages import ModelInfo
 from server.metrics import ServerMetrics
 from server.prompts import PromptBuilder
+from server.replica import PoolPolicy
 from server.scheduler import Scheduler
 from server.settings import Settings
 from server.tracing import build_tracing
 from server.worker import WorkerConfig
-from server.worker_pool import PoolPolicy, WorkerPool
+from server.worker_pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -155,6 +156,7 @@ class Runtime:
                 defaults=served.defaults,
                 default_mode=SpeculationMode(self.settings.speculation),
                 executor=self._executor,
+                timeout=self.settings.request_timeout,
             ),
             fingerprint="fp_" + hashlib.sha256(msgspec.json.encode(served.info)).hexdigest()[:12],
         )

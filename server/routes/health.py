@@ -5,6 +5,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from server import errors
 from server.dependencies import get_runtime
 from server.responses import json_response
 from server.runtime import Runtime
@@ -23,4 +24,4 @@ async def ready(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
     reason = runtime.why_not_ready()
     if reason is None:
         return json_response({"status": "ready"})
-    return json_response({"status": "unavailable", "reason": reason}, 503)
+    return json_response({"status": "unavailable", "reason": errors.without_paths(reason)}, 503)
