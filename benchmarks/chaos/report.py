@@ -41,8 +41,17 @@ def build_report(run: SoakRun, failures: Sequence[str], settings: dict[str, Any]
         "level_after": run.level_after and asdict(run.level_after),
         "memory": _memory(run),
         "settings": settings,
-        "machine": {"cpus": psutil.cpu_count(), "memory_gib": round(psutil.virtual_memory().total / 2**30, 1)}
-        | {"platform": platform.platform(), "python": platform.python_version()},
+        "machine": machine_facts(),
+    }
+
+
+def machine_facts() -> dict[str, Any]:
+    """Where it was measured."""
+    return {
+        "cpus": psutil.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
     }
 
 

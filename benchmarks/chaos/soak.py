@@ -6,15 +6,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import httpx
-
+from chaos.clients import WEIGHTS
 from chaos.faults import FaultInjector, plan_faults
 from chaos.judge import SoakRun, find_failures
 from chaos.leaks import end_politely, fill_slots, settle
 from chaos.load import Tally, run_load, watch
 from chaos.report import build_report
 from chaos.server_process import ServerProcess
-from chaos.world import World, served_by
+from chaos.world import World, new_client, served_by
 
 PATIENCE_MARGIN = 20.0  # seconds beyond the request timeout, which the server itself holds
 DRAIN_TIMEOUT = 30.0
@@ -41,6 +40,7 @@ class SoakSettings:
     warm_up: float = 15.0
     body_limit: int = 2**20
     body_timeout: float = 2.0
+    weights: Mapping[str, int] = field(default_factory=lambda: dict(WEIGHTS))
     more_flags: Mapping[str, object] = field(default_factory=dict)
 
     def flags(self) -> dict[str, object]:
@@ -77,7 +77,7 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
     run = SoakRun()
     watching = asyncio.create_task(watch(server, run.samples))
     try:
-        await _load(world, run.tally, settings.concurrency, settings.warm_up)
+        await _load(world, run.tally, settings, settings.warm_up)
         run.level_before, run.left = await settle(server)
         run.warm_at = server.sample().at
         injector = FaultInjector(server, random.Random(settings.seed + 1), settings.stall_timeout)
@@ -86,7 +86,7 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
         plan = plan_faults(chance, faulty_seconds, settings.kill_interval)
         async with asyncio.TaskGroup() as group:
             group.create_task(injector.run(plan))
-            group.create_task(_load(world, run.tally, settings.concurrency, settings.seconds))
+            group.create_task(_load(world, run.tally, settings, settings.seconds))
         run.level_after, left = await settle(server, run.level_before)
         run.left += left
         run.metrics = await asyncio.to_thread(server.metrics)
@@ -97,27 +97,22 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
 
 
 async def _check_end(server: ServerProcess, world: World, run: SoakRun) -> None:
-    async with _client(world.port) as world.http:
+    async with new_client(world.port) as world.http:
         problem = await fill_slots(world, server)
         run.left += [problem] if problem else []
         run.left += await end_politely(world, server, DRAIN_TIMEOUT)
 
 
-async def _load(world: World, tally: Tally, concurrency: int, seconds: float) -> None:
+async def _load(world: World, tally: Tally, settings: SoakSettings, seconds: float) -> None:
     """With a client of its own, whose kept connections are gone afterwards."""
-    async with _client(world.port) as world.http:
-        await run_load(world, tally, concurrency=concurrency, seconds=seconds)
-
-
-def _client(port: int) -> httpx.AsyncClient:
-    # No time limits of its own: each request has one as a whole.
-    return httpx.AsyncClient(
-        base_url=f"http://127.0.0.1:{port}", timeout=None, limits=httpx.Limits(max_connections=None)
-    )
+    async with new_client(world.port) as world.http:
+        await run_load(
+            world, tally, concurrency=settings.concurrency, seconds=seconds, weights=settings.weights
+        )
 
 
 async def _new_world(server: ServerProcess, settings: SoakSettings, chance: random.Random) -> World:
-    async with _client(server.port) as http:
+    async with new_client(server.port) as http:
         served = await served_by(http, settings.slots, settings.queue_limit)
     return World(
         port=server.port,

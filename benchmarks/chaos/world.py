@@ -19,7 +19,7 @@ from chaos.outcomes import (
     read_completion,
     read_stream,
 )
-from chaos.wire import PATH
+from chaos.wire import HOST, PATH
 
 TEXTS = (
     "I need a cheap restaurant in the centre.",
@@ -117,6 +117,13 @@ async def ask_stream(
     answer = read_stream(payloads, with_usage=with_usage)
     outcome = judge_answer(answer, first_token)
     return outcome, answer if isinstance(answer, Answer) else None
+
+
+def new_client(port: int) -> httpx.AsyncClient:
+    """Without time limits of its own: each request has one as a whole."""
+    return httpx.AsyncClient(
+        base_url=f"http://{HOST}:{port}", timeout=None, limits=httpx.Limits(max_connections=None)
+    )
 
 
 async def served_by(http: httpx.AsyncClient, slots: int, queue_limit: int) -> Served:
