@@ -256,8 +256,7 @@ def free_port() -> int:
     return port
 
 
-@pytest.fixture
-def start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
+def _start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]:
     """Start `medusa serve` on a free port and wait until it is ready; killed after the test if need be."""
     started: list[subprocess.Popen[str]] = []
 
@@ -284,3 +283,7 @@ def start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]]
             process.kill()
             if process.stdout is not None and not process.stdout.closed:
                 print(process.stdout.read())  # noqa: T201 - pytest shows it for a test that failed
+
+
+start_medusa = pytest.fixture(_start_medusa, name="start_medusa")
+start_medusa_for_module = pytest.fixture(scope="module", name="start_medusa_for_module")(_start_medusa)

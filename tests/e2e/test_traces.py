@@ -161,14 +161,18 @@ def test_no_text_of_anybody_is_in_a_trace(collected):
     assert not any(b"secret" in span.SerializeToString() for span in collected.spans)
 
 
-def test_texts_are_there_if_asked_for(start_server):
+def test_texts_are_in_traces_and_log_if_asked_for(start_server, caplog):
     collector = Collector()
-    server = start_server(otlp_endpoint=collector.url, log_prompts=True, log_level="error")
+    server = start_server(otlp_endpoint=collector.url, log_prompts=True)
+    caplog.set_level("INFO", "server.prompts")
     try:
         text = server.text(messages=[{"role": "user", "content": "a secret question"}], max_tokens=5)
     finally:
         server.stop()
         collector.close()
+    [line] = [record for record in caplog.records if record.name == "server.prompts"]
+    assert line.messages == [{"role": "user", "content": "a secret question"}]
+    assert line.answer == text
     [chat] = [attributes(span) for span in collector.spans if span.name == "chat endless"]
     assert "a secret question" in chat["gen_ai.input.messages"]
     assert text == json.loads(chat["gen_ai.output.messages"])[0]["parts"][0]["content"]
