@@ -83,10 +83,15 @@ async def chat_events(
             yield frames
     except Exception as error:  # the one boundary where any failure must become an event
         if not isinstance(error, ApiError):
-            logger.exception("request %s failed while streaming", generation.job.request_id)
+            logger.exception("the request failed while streaming", extra=generation.job.log_ids)
         told = error if isinstance(error, ApiError) else errors.internal()
         on_error(told)
-        yield sse_data(told.body) + DONE
+        yield _request_comment(generation.job.client_id) + sse_data(told.body) + DONE
+
+
+def _request_comment(client_id: str) -> bytes:
+    """The request id for whoever reads the stream without its headers; SSE parsers skip comments."""
+    return f": x-request-id {client_id}\n".encode() if client_id else b""
 
 
 class ChatStream(EventSourceResponse):

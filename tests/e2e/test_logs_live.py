@@ -47,6 +47,7 @@ def logged(endless_model_dir, start_medusa_for_module):
         os.kill(int(worker), signal.SIGKILL)
         events = [line for line in lines if line]
     assert json.loads(events[-2][6:])["error"]["code"] == "worker_lost"
+    assert events[-3] == ": x-request-id lost"
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0
