@@ -15,7 +15,7 @@ import json
 import random
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median, quantiles
 from typing import Annotated, Any
@@ -43,7 +43,16 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print and write what was measured; exit code 1 if it breaks the bounds."""
-    report = asyncio.run(overload(clients, queue_limit, slots, waves, max_tokens, seed))
+    report = asyncio.run(
+        overload(
+            clients=clients,
+            queue_limit=queue_limit,
+            slots=slots,
+            waves=waves,
+            max_tokens=max_tokens,
+            seed=seed,
+        )
+    )
     print(json.dumps(report, indent=2))
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
@@ -52,11 +61,18 @@ def main(
 
 
 async def overload(
-    clients: int, queue_limit: int, slots: int, waves: int, max_tokens: int, seed: int
+    *,
+    clients: int,
+    queue_limit: int,
+    slots: int,
+    waves: int,
+    max_tokens: int,
+    seed: int,
+    flags: Mapping[str, object] | None = None,
 ) -> dict[str, Any]:
-    """Start a server, load it, and judge."""
-    flags = {"queue_limit": queue_limit, "slots": slots, "log_level": "warning"}
-    with ServerProcess(flags) as server:
+    """Start a server, load it, and judge. `flags`: more settings of the server."""
+    own = {"queue_limit": queue_limit, "slots": slots, "log_level": "warning"}
+    with ServerProcess(own | dict(flags or {})) as server:
         await asyncio.to_thread(server.wait_ready)
         async with new_client(server.port) as http:
             world = await _new_world(server, http, slots, queue_limit, seed)

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import random
+import re
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,7 @@ TEXTS = (
 )
 FILLER = "train "
 FILLERS = (100, 1000)
+HAS_TEXT = re.compile(r'"content": ?"[^"]')  # in an event, which is parsed only at the end of the stream
 RAMBLING = "x" * 300  # answered at length where the temperature is high
 JSON_HEADERS = {"content-type": "application/json"}
 
@@ -112,7 +114,7 @@ async def ask_stream(
             if not line.startswith("data: "):
                 continue
             payloads.append(line.removeprefix("data: "))
-            if first_token is None and '"content":"' in line and '"content":""' not in line:
+            if first_token is None and HAS_TEXT.search(line):
                 first_token = now
     answer = read_stream(payloads, with_usage=with_usage)
     outcome = judge_answer(answer, first_token)
