@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -63,35 +62,6 @@ def test_every_metric_exists(panel_queries, records, alerts, dashboards):
     }
     assert unknown == {}
     assert len(expressions) > 60
-
-
-@pytest.mark.parametrize("name", BOARDS)
-def test_grafanas_schema_keeps_everything(name, dashboards):
-    """What the schema does not know would be gone after the way through its types, or raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the types of Grafana's newer, other format are preferred there
-        from grafana_foundation_sdk.cog import plugins
-        from grafana_foundation_sdk.cog.encoder import JSONEncoder
-        from grafana_foundation_sdk.models.dashboard import Dashboard
-    plugins.register_default_plugins()
-    board = dashboards[name]
-    back = json.loads(json.dumps(Dashboard.from_json(board).to_json(), cls=JSONEncoder))
-    assert lost(board, back) == []
-    assert lost(board | {"no_such_key": 1}, back) == [".no_such_key"]
-
-
-def lost(before, after, path=""):
-    """Where `after` lacks or changes what `before` has; what it adds are defaults."""
-    if isinstance(before, dict) and isinstance(after, dict):
-        return [
-            place
-            for key, value in before.items()
-            for place in (lost(value, after[key], f"{path}.{key}") if key in after else [f"{path}.{key}"])
-        ]
-    if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
-        pairs = enumerate(zip(before, after, strict=True))
-        return [place for index, (a, b) in pairs for place in lost(a, b, f"{path}[{index}]")]
-    return [] if before == after else [path]
 
 
 def test_the_files_are_what_the_script_makes(tmp_path):

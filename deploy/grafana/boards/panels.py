@@ -122,7 +122,7 @@ def series(
     }
     options = {
         "legend": {
-            "calcs": ["mean", "max"],
+            "calcs": ["lastNotNull", "mean", "max"],
             "displayMode": "table",
             "placement": "bottom",
             "showLegend": True,
@@ -159,11 +159,14 @@ def heatmap(title: str, description: str, histogram: str, unit: str) -> Json:
 def alerts(title: str, description: str) -> Json:
     """Grafana's list of the alerts that Prometheus evaluates."""
     options = {
+        "alertInstanceLabelFilter": "",
         "alertName": "Medusa",
         "datasource": "Prometheus",
         "dashboardAlerts": False,
+        "groupBy": [],
         "groupMode": "default",
         "maxItems": 30,
+        "showInstances": False,
         "sortOrder": 3,
         "stateFilter": {"error": True, "firing": True, "noData": False, "normal": False, "pending": True},
         "viewMode": "list",

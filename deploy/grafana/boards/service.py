@@ -80,7 +80,7 @@ def _now() -> Line:
         Look(unit="none", steps=((None, BLUE),), empty="No server"),
     )
     uptime = stat(
-        "Up since",
+        "Up for",
         "Age of the API process.",
         [Query(expr=f"time() - process_start_time_seconds{SELECTOR}", legend="{{instance}}", instant=True)],
         Look(unit="dtdurations", steps=((None, BLUE),), empty="No server"),

@@ -20,7 +20,7 @@ from boards.panels import (
     stat,
 )
 
-TIMES = "suffix: ×"  # noqa: RUF001
+TIMES = "suffix:×"  # noqa: RUF001 - Grafana puts a space before it
 SPEEDUP = Look(unit=TIMES, decimals=2, steps=((None, RED), (1, YELLOW), (1.2, GREEN)))
 SPECULATING = 'mode!="off"'
 PER_SERVER = f"{{{SELECTED}}}"
@@ -175,7 +175,7 @@ def _drafts() -> Line:
             Query(expr=f"{rate('medusa_drafted_tokens_total')} > 0", legend="drafted"),
             Query(expr=f"{rate('medusa_accepted_tokens_total')} > 0", legend="accepted"),
         ],
-        Look(unit="cps", decimals=1),
+        Look(unit="suffix:tok/s", decimals=1),
     )
     modes = series(
         "Share of tokens by mode",
@@ -195,7 +195,7 @@ def _tokens() -> Line:
         "Generated tokens",
         "Tokens per second of all requests together, by the mode of their steps.",
         [Query(expr=f"{rate('medusa_generation_tokens_total', by='mode')} > 0", legend="{{mode}}")],
-        Look(unit="suffix: tok/s", decimals=1),
+        Look(unit="suffix:tok/s", decimals=1),
         stack="normal",
     )
     prompts = series(
