@@ -17,9 +17,9 @@ ENV PIP_NO_CACHE_DIR=1 \
 WORKDIR /src
 RUN ["python", "-m", "venv", "--without-pip", "/opt/medusa"]
 COPY constraints.txt pyproject.toml ./
-# What the server needs but torch, in a layer of its own that a change of code leaves as it is.
+# What the server needs, traces included, in a layer of its own that a change of code leaves as it is.
 COPY deploy/docker/requirements.py deploy/docker/
-RUN python deploy/docker/requirements.py pyproject.toml > requirements.txt
+RUN python deploy/docker/requirements.py pyproject.toml otel > requirements.txt
 
 # PyTorch's own index of CPU wheels: those of the default index carry gigabytes of CUDA. Empty takes the default
 # index (a mirror that has CPU wheels, say).

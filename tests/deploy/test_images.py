@@ -167,8 +167,8 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else(
 
 def test_packages_of_the_image_are_those_of_the_project() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    printed = run(sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml"))
-    assert printed.splitlines() == project["dependencies"]
+    printed = run(sys.executable, str(DOCKER / "requirements.py"), str(ROOT / "pyproject.toml"), "otel")
+    assert printed.splitlines() == project["dependencies"] + project["optional-dependencies"]["otel"]
 
 
 @pytest.mark.parametrize("file", [GPU, CPU])
