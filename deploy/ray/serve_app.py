@@ -21,9 +21,7 @@ POLL_SECONDS = 0.1
 LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
 
 
-@serve.deployment
-@serve.ingress()
-class Medusa:
+class Replica:
     """One replica. Ray builds the app in the replica's process, so nothing of it is pickled."""
 
     def __init__(self) -> None:
@@ -73,4 +71,5 @@ def free_port(host: str, first: int, offset: int) -> int:
     raise ConfigError(f"no free operations port on {host} from {first} to {first + PORTS - 1}")
 
 
+Medusa = serve.deployment(name="Medusa")(serve.ingress()(Replica))
 app = Medusa.bind()
