@@ -1,5 +1,6 @@
 """`medusa serve` on the command line, without starting anything."""
 
+import json
 import subprocess
 import sys
 
@@ -22,6 +23,26 @@ def test_help_shows_every_setting():
         assert f"MEDUSA_{name.upper()}" in result.output
     assert "exact|typical|off" in result.output
     assert "the embedded demo model" in result.output
+
+
+def test_help_shows_no_key():
+    environment = {"COLUMNS": "300", "MEDUSA_API_KEYS": "sk-secret-0123456789"}
+    result = CliRunner().invoke(app, ["serve", "--help"], env=environment)
+    assert "MEDUSA_API_KEYS" in result.output
+    assert "sk-secret" not in result.output
+
+
+def test_a_failed_start_is_a_json_line_where_logs_are(tmp_path):
+    missing = str(tmp_path / "keys")
+    command = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", "0"]
+    for flags in (["--log-format", "json"], []):
+        done = subprocess.run(
+            [*command, "--api-keys-file", missing, *flags], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 1
+        last = done.stderr.splitlines()[-1]
+        message = json.loads(last)["message"] if flags else last.removeprefix("error: ")
+        assert message == f"MEDUSA_API_KEYS_FILE ({missing}) cannot be read: No such file or directory"
 
 
 def test_core_commands_are_there():
