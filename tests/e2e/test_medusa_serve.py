@@ -142,7 +142,7 @@ def one_line_refusal(run_medusa, *flags, **environment):
             {"MEDUSA_QUEUE_LIMIT": "-1", "MEDUSA_LOG_LEVEL": "loud"},
             ["MEDUSA_QUEUE_LIMIT", "MEDUSA_LOG_LEVEL"],
         ),
-        (["--slots", "0"], {}, ["slots must be between"]),
+        (["--slots", "0"], {}, ["MEDUSA_SLOTS (--slots): must be between"]),
         (["--dtype", "int3"], {}, ["dtype", "int3"]),
         (["--host", "no.such.host.invalid"], {}, ["cannot listen on no.such.host.invalid"]),
         (["--model", "/no/such/model"], {}, ["/no/such/model"]),

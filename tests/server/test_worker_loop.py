@@ -74,7 +74,8 @@ class Harness:
         self.events, events = multiprocessing.Pipe(duplex=False)
         self._ends = (commands, events)
         self.outbox = Outbox(events)
-        self.loop = WorkerLoop(engine, 7, commands, self.outbox)
+        self.client_ids = {}
+        self.loop = WorkerLoop(engine, 7, commands, self.outbox, self.client_ids)
         self.error = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -127,6 +128,27 @@ def test_tokens_then_an_end(start):
     assert [event.output.finish_reason for event in outputs] == [None, None, FinishReason.LENGTH]
     harness.send(Shutdown())
     assert harness.join() is None
+
+
+def test_the_log_knows_requests_by_their_clients_ids_while_they_are_here(start):
+    seen = {}
+
+    class Engine(ScriptedEngine):
+        def step(self):
+            seen.update(harness.client_ids)
+            return super().step()
+
+    harness = start(Engine())
+    harness.send(Submit(7, "a", [1], PARAMS, "req-a"), Submit(7, "bad", [1], PARAMS, "req-bad"))
+    harness.send(Submit(7, "refused", [], PARAMS, "req-refused"))
+    ends = []
+    while len(ends) < 3:
+        event = harness.receive()
+        ends += [event] if isinstance(event, Rejected) or event.output.finish_reason else []
+    harness.send(Shutdown())
+    assert harness.join() is None
+    assert {"a": "req-a", "bad": "req-bad"}.items() <= seen.items()
+    assert harness.client_ids == {}
 
 
 def test_a_step_without_output_is_a_sign_of_life(start):
