@@ -10,15 +10,19 @@ import socket
 
 from fastapi import FastAPI
 from ray import serve
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_core.errors import ConfigError
 from server.app import create_app
+from server.log import configure_logging
 from server.runtime import Runtime
-from server.settings import Settings, load_settings
+from server.settings import Settings, load_settings, unknown_variables
 
 PORTS = 16  # operations ports a node's replicas choose from, and that Prometheus has to look at
 POLL_SECONDS = 0.1
-LOG_FORMAT = "%(asctime)s %(levelname)-7s %(name)s: %(message)s"
+
+logger = logging.getLogger(__name__)
 
 
 class Replica:
@@ -26,8 +30,9 @@ class Replica:
 
     def __init__(self) -> None:
         settings = load_settings()
-        # To standard error, which Ray keeps. The server's own set-up would close Ray's log files.
-        logging.basicConfig(level=settings.log_level.upper(), format=LOG_FORMAT)
+        configure_logging(settings.log_level, settings.log_format)  # to standard error, which Ray keeps
+        for name in unknown_variables():
+            logger.warning("%s is set, but there is no such setting", name)
         if settings.metrics_port:
             rank = serve.get_replica_context().rank.local_rank
             port = free_port(settings.host, settings.metrics_port, rank)
@@ -37,6 +42,7 @@ class Replica:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         app = create_app(self._settings)
+        app.add_middleware(WithoutRequestId)
         self._runtime: Runtime = app.state.runtime
         return app
 
@@ -51,6 +57,21 @@ class Replica:
         reason = self._runtime.why_not_ready()
         if reason is not None:
             raise RuntimeError(f"not ready: {reason}")
+
+
+class WithoutRequestId:
+    """Leaves `x-request-id` to Ray's proxy, which puts it on every request and on its response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_without(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self._app(scope, receive, send_without)
 
 
 def free_port(host: str, first: int, offset: int) -> int:
