@@ -1,5 +1,6 @@
 """What tests of the monitoring share: the shipped dashboards and rules, and Prometheus' programs."""
 
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -11,6 +12,8 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+SET_OPERATOR = re.compile(r"\b(?:and|or|unless)\b(?:\s+(?:on|ignoring)\s*\([^)]*\))?")
+COMPARISON = re.compile(r"(?:==|!=|>=|<=|>|<)")
 TOOLS = ROOT / ".venv" / "tools" / "usr" / "bin"
 
 
@@ -94,3 +97,43 @@ def prometheus() -> Path:
 def one_line():
     """An expression with single spaces."""
     return lambda expr: re.sub(r"\s+", " ", expr).strip()
+
+
+@pytest.fixture(scope="session")
+def without_comparisons():
+    """What an alert compares, as expressions without the comparison."""
+    return compared
+
+
+def compared(expr: str) -> list[str]:
+    """The expressions that an alert compares: what is left and right of comparisons, numbers left out."""
+    expr = expr.strip()
+    if expr.startswith("(") and closing(expr) == len(expr) - 1:
+        return compared(expr[1:-1])
+    for operator in (SET_OPERATOR, COMPARISON):
+        parts = split(expr, operator)
+        if len(parts) > 1:
+            return [piece for part in parts for piece in compared(part)]
+    return [expr] if re.search("[a-z]", expr) else []
+
+
+def depths(expr: str) -> list[int]:
+    """For each character how many brackets are open around it; more for quoted text."""
+    quotes = itertools.accumulate(char == '"' for char in expr)
+    opened = itertools.accumulate({"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0) for c in expr)
+    return [depth + quote % 2 for depth, quote in zip(opened, quotes, strict=True)]
+
+
+def closing(expr: str) -> int:
+    return depths(expr).index(0)
+
+
+def split(expr: str, operator: re.Pattern[str]) -> list[str]:
+    """Parts between operators that stand in no bracket."""
+    level = depths(expr)
+    parts, start = [], 0
+    for match in operator.finditer(expr):
+        if level[match.start()] == 0:
+            parts.append(expr[start : match.start()])
+            start = match.end()
+    return [*parts, expr[start:]]

@@ -26,8 +26,6 @@ SHIPPED = ROOT / "deploy" / "prometheus"
 MODEL = "medusa-demo"
 TIMEOUT = 120.0
 CLIENTS = 6  # a slot and a queue of two: some find no room
-SET_OPERATOR = re.compile(r"\b(?:and|or|unless)\b(?:\s+(?:on|ignoring)\s*\([^)]*\))?")
-COMPARISON = re.compile(r"(?:==|!=|>=|<=|>|<)")
 
 
 def eventually(condition, what):
@@ -206,47 +204,6 @@ def found(monitoring, expr):
     return last
 
 
-def without_comparisons(expr):
-    """The expressions that an alert compares: what is left and right of comparisons, numbers left out."""
-    expr = expr.strip()
-    if expr.startswith("(") and closing(expr) == len(expr) - 1:
-        return without_comparisons(expr[1:-1])
-    for operator in (SET_OPERATOR, COMPARISON):
-        parts = split(expr, operator)
-        if len(parts) > 1:
-            return [piece for part in parts for piece in without_comparisons(part)]
-    return [expr] if re.search("[a-z]", expr) else []
-
-
-def depths(expr):
-    """For each character how many brackets are open around it; more for quoted text."""
-    quotes = itertools.accumulate(char == '"' for char in expr)
-    opened = itertools.accumulate({"(": 1, "{": 1, "[": 1, ")": -1, "}": -1, "]": -1}.get(c, 0) for c in expr)
-    return [depth + quote % 2 for depth, quote in zip(opened, quotes, strict=True)]
-
-
-def closing(expr):
-    return depths(expr).index(0)
-
-
-def split(expr, operator):
-    """Parts between operators that stand in no bracket."""
-    level = depths(expr)
-    parts, start = [], 0
-    for match in operator.finditer(expr):
-        if level[match.start()] == 0:
-            parts.append(expr[start : match.start()])
-            start = match.end()
-    return [*parts, expr[start:]]
-
-
-def test_comparisons_are_taken_off():
-    assert without_comparisons('up{a="b"} == 0') == ['up{a="b"}']
-    assert without_comparisons("a / (b > 0) > 0.8") == ["a / (b > 0)"]
-    expr = "(x:y > 14.4 * 0.05 and z > 2) or (f(g[5m]) < 0.7 * h and on (job) i{k!='0'})"
-    assert without_comparisons(expr) == ["x:y", "z", "f(g[5m])", "0.7 * h", "i{k!='0'}"]
-
-
 def test_without_traffic_nothing_is_nan(idle):
     assert len(idle) > 60
     bad = {place: samples for place, samples in idle.items() if not all(math.isfinite(v) for _, v in samples)}
@@ -256,8 +213,10 @@ def test_without_traffic_nothing_is_nan(idle):
     assert [value for _, value in idle["service: Ready A"]] == [1.0]
 
 
-def test_every_panel_finds_data(busy, panel_queries):
+def test_every_panel_finds_data(busy, panel_queries, dashboards):
     assert len(panel_queries) > 50
+    for board in dashboards.values():
+        busy.query(busy.substituted(board["annotations"]["list"][0]["expr"]))  # alerts need not fire here
     for query in panel_queries:
         expr = busy.substituted(query.expr)
         if "DCGM_" in expr:
@@ -273,7 +232,7 @@ def test_every_recording_rule_finds_data(busy, records):
         assert labels["model"] == MODEL
 
 
-def test_every_alert_compares_data(busy, alerts):
+def test_every_alert_compares_data(busy, alerts, without_comparisons):
     for alert in alerts:
         parts = without_comparisons(alert.expr)
         assert parts, alert.place
@@ -295,16 +254,10 @@ def statuses(monitoring):
 
 
 def test_prometheus_itself_is_content(busy, records, alerts):
-    """Every rule was evaluated without an error, and no alert fires."""
+    """Every rule was evaluated without an error, and the server is its only target."""
     groups = httpx.get(f"{busy.prometheus}/api/v1/rules", timeout=30).json()["data"]["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     assert sorted(rule["name"] for rule in rules) == sorted(rule.place for rule in [*records, *alerts])
     assert {rule["health"] for rule in rules} == {"ok"}
-    assert [rule["name"] for rule in rules if rule.get("state") == "firing"] == []
     (target,) = httpx.get(f"{busy.prometheus}/api/v1/targets", timeout=30).json()["data"]["activeTargets"]
     assert (target["labels"], target["health"]) == ({"instance": busy.target, "job": "medusa"}, "up")
-
-
-def test_annotations_can_be_asked_for(busy, dashboards):
-    for board in dashboards.values():
-        assert busy.query(busy.substituted(board["annotations"]["list"][0]["expr"])) == []

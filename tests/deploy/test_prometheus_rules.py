@@ -73,3 +73,10 @@ def test_grafana_takes_rates_over_the_interval_of_the_scrapes():
     source = ROOT / "deploy/grafana/provisioning/datasources/prometheus.yml"
     (data,) = yaml.safe_load(source.read_text(encoding="utf-8"))["datasources"]
     assert data["jsonData"]["timeInterval"] == config["global"]["scrape_interval"]
+
+
+def test_comparisons_are_taken_off(without_comparisons):
+    assert without_comparisons('up{a="b"} == 0') == ['up{a="b"}']
+    assert without_comparisons("a / (b > 0) > 0.8") == ["a / (b > 0)"]
+    expr = "(x:y > 14.4 * 0.05 and z > 2) or (f(g[5m]) < 0.7 * h and on (job) i{k!='0'})"
+    assert without_comparisons(expr) == ["x:y", "z", "f(g[5m])", "0.7 * h", "i{k!='0'}"]
