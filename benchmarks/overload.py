@@ -103,7 +103,6 @@ async def _new_world(
         patience=PATIENCE,
         send_timeout=0.0,
         body_limit=0,
-        body_timeout=0.0,
     )
 
 

@@ -40,7 +40,7 @@ def main(  # noqa: PLR0913 - every option is an argument
     kill_interval: Annotated[float, typer.Option(help="Seconds between kills, on average.")] = 52.0,
     calm: Annotated[float, typer.Option(help="Share of the run, at its end, without faults.")] = 0.12,
     stall_timeout: float = 4.0,
-    load_timeout: float = 30.0,
+    load_timeout: float = 20.0,
     request_timeout: float = 60.0,
     send_timeout: float = 4.0,
     dtype: Annotated[

@@ -14,8 +14,11 @@ from chaos.server_process import ServerProcess
 
 RECOVERY_SECONDS = 90.0
 POLL = 0.1
-HICCUP, KILL, LOADING_KILL, STOP = "hiccup", "kill", "kill while loading", "stop"
+HICCUP, KILL, STOP = "hiccup", "kill", "stop"
+LOADING_KILL, LOADING_STOP = "kill while loading", "stop while loading"  # each after a kill
+LOADING_SECONDS = 2.0  # at most so long after a loading worker was seen first
 ROUNDS_A_LOADING_KILL = 3
+ROUNDS_A_LOADING_STOP = 5
 ROUNDS_A_STOP = 2
 
 
@@ -37,26 +40,27 @@ class FaultLog:
     failures: list[str] = field(default_factory=list)
 
     @property
-    def num_kills(self) -> int:
-        return self.done[KILL] + self.done[LOADING_KILL]
-
-    @property
     def num_deaths(self) -> int:
         """Each of them ended one worker process."""
-        return self.num_kills + self.done[STOP]
+        return self.done.total() - self.done[HICCUP]
 
 
 def plan_faults(chance: random.Random, seconds: float, interval: float) -> list[Fault]:
-    """A round each `interval`: a hiccup, a kill, and in some of them one more kill or a stop."""
+    """A round each `interval`: a hiccup, a kill, and in some of them more."""
     faults: list[Fault] = []
     for number in range(max(1, round(seconds / interval))):
         start = number * interval
-        killing = LOADING_KILL if number % ROUNDS_A_LOADING_KILL == 1 else KILL
         faults.append(Fault(start + chance.uniform(0.0, 0.2) * interval, HICCUP))
-        faults.append(Fault(start + chance.uniform(0.2, 0.6) * interval, killing))
+        faults.append(Fault(start + chance.uniform(0.2, 0.6) * interval, _killing(number)))
         if number % ROUNDS_A_STOP == 1:
             faults.append(Fault(start + chance.uniform(0.8, 1.0) * interval, STOP))
     return faults
+
+
+def _killing(number: int) -> str:
+    if number % ROUNDS_A_LOADING_STOP == ROUNDS_A_LOADING_STOP - 1:
+        return LOADING_STOP
+    return LOADING_KILL if number % ROUNDS_A_LOADING_KILL == 1 else KILL
 
 
 class FaultInjector:
@@ -87,15 +91,20 @@ class FaultInjector:
                 self._send(worker, signal.SIGKILL, KILL)
                 await self._wait_recovered(worker, KILL)
             case "kill while loading":
-                self._send(worker, signal.SIGKILL, KILL)
-                loading = await self._next_worker(not_this=worker)
-                if loading is not None:
-                    await asyncio.sleep(self._chance.uniform(0.0, 2.0))
-                    self._send(loading, signal.SIGKILL, LOADING_KILL)
-                    await self._wait_recovered(loading, LOADING_KILL)
+                await self._hit_while_loading(worker, signal.SIGKILL, LOADING_KILL)
+            case "stop while loading":
+                await self._hit_while_loading(worker, signal.SIGSTOP, LOADING_STOP)
             case "stop":
                 self._send(worker, signal.SIGSTOP, STOP)
                 await self._wait_recovered(worker, STOP)
+
+    async def _hit_while_loading(self, worker: int, number: signal.Signals, kind: str) -> None:
+        self._send(worker, signal.SIGKILL, KILL)
+        loading = await self._next_worker(not_this=worker)
+        if loading is not None:
+            await asyncio.sleep(self._chance.uniform(0.0, LOADING_SECONDS))
+            self._send(loading, number, kind)
+            await self._wait_recovered(loading, kind)
 
     async def _hiccup(self, worker: int) -> None:
         """Shorter than what counts as hung: the same worker must go on."""

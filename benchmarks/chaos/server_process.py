@@ -48,7 +48,7 @@ class ServerProcess:
         ports = {"host": HOST, "port": self.port, "metrics_port": self.operations_port}
         self._flags = [
             part
-            for name, value in (ports | flags).items()
+            for name, value in (ports | dict(flags)).items()
             for part in (f"--{name.replace('_', '-')}", str(value))
         ]
         self.url = f"http://{HOST}:{self.port}"

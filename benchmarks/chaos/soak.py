@@ -122,5 +122,4 @@ async def _new_world(server: ServerProcess, settings: SoakSettings, chance: rand
         patience=settings.request_timeout + PATIENCE_MARGIN,
         send_timeout=settings.send_timeout,
         body_limit=settings.body_limit,
-        body_timeout=settings.body_timeout,
     )

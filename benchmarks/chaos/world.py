@@ -63,7 +63,6 @@ class World:
     patience: float
     send_timeout: float
     body_limit: int
-    body_timeout: float
     references: dict[tuple[Any, ...], Answer] = field(default_factory=dict)
 
     def body(self, **changes: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 from chaos import outcomes
 from chaos.clients import CLIENTS, WEIGHTS
-from chaos.faults import HICCUP, KILL, LOADING_KILL, STOP, plan_faults
+from chaos.faults import HICCUP, KILL, LOADING_KILL, LOADING_STOP, STOP, plan_faults
 from chaos.judge import SoakRun, find_failures
 from chaos.load import judged
 from chaos.memory import MIB, api_slope, thin_out, worker_slopes
@@ -125,7 +125,6 @@ def ask_a_fake(response, name, patience=5.0):
                 patience=patience,
                 send_timeout=0.0,
                 body_limit=10,
-                body_timeout=1.0,
             )
             [outcome] = await judged(name, CLIENTS[name], world)
         await answered.wait()
@@ -246,9 +245,10 @@ def test_faults_are_planned_by_the_seed():
     plan = plan_faults(random.Random(5), seconds=1200.0, interval=60.0)
     assert plan == plan_faults(random.Random(5), 1200.0, 60.0) != plan_faults(random.Random(6), 1200.0, 60.0)
     kinds = [fault.kind for fault in plan]
-    assert kinds.count(KILL) + kinds.count(LOADING_KILL) == 20
+    assert sum(kinds.count(kind) for kind in (KILL, LOADING_KILL, LOADING_STOP)) == 20
     assert kinds.count(HICCUP) == 20
-    assert kinds.count(LOADING_KILL) == 7
+    assert kinds.count(LOADING_KILL) == 5
+    assert kinds.count(LOADING_STOP) == 4
     assert kinds.count(STOP) == 10
     assert [fault.due for fault in plan] == sorted(fault.due for fault in plan)
     assert plan[-1].due <= 1200.0
