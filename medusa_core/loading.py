@@ -67,7 +67,7 @@ def load_parts(
             check_memory(model, source, config, vocab_size=chat.vocab_size, dtype=dtype, device=device)
     kind = str(dtype).removeprefix("torch.")
     stages.enter(f"weights of {model}: {describe_files(model)}, as {kind} on {device}")
-    with stages.downloading(model):
+    with stages.downloading(model), stages.counting_weights():
         backbone = load_backbone(model, dtype=dtype, device=device, vocab_size=chat.vocab_size)
     if source is None:
         return EngineParts(backbone, chat, None, None, str(model), None)

@@ -3,15 +3,19 @@
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sized
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
+from transformers.utils import logging as transformers_logging
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 10.0
+WEIGHTS_BAR = "Loading weights"  # what transformers calls the progress that is of interest
 GIB = 2**30
 
 OnStage = Callable[[str], None]
@@ -23,11 +27,35 @@ class Stages:
 
     def __init__(self, on_stage: OnStage | None = None) -> None:
         self._on_stage = on_stage
+        self._lock = threading.Lock()
 
     def enter(self, text: str) -> None:
-        log.info("%s", text)
-        if self._on_stage is not None:
-            self._on_stage(text)
+        with self._lock:
+            log.info("%s", text)
+            if self._on_stage is not None:
+                self._on_stage(text)
+
+    @contextlib.contextmanager
+    def counting_weights(self, *, every: float = WATCH_SECONDS) -> Iterator[None]:
+        """Tell now and then how many of a model's tensors transformers has read, in place of its own bar."""
+
+        def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            is_weights = kwargs.get("desc") == WEIGHTS_BAR and args and isinstance(args[0], Sized)
+            return self._counted(args[0], every) if is_weights else bar(*args, **kwargs)
+
+        previous = transformers_logging.set_tqdm_hook(hook)
+        try:
+            yield
+        finally:
+            transformers_logging.set_tqdm_hook(previous)
+
+    def _counted(self, tensors: Any, every: float) -> Iterator[Any]:
+        told = time.monotonic()
+        for number, tensor in enumerate(tensors):
+            yield tensor
+            if time.monotonic() - told >= every:
+                told = time.monotonic()
+                self.enter(f"{number + 1} of {len(tensors)} tensors read")
 
     @contextlib.contextmanager
     def downloading(self, name: str | Path, *, every: float = WATCH_SECONDS) -> Iterator[None]:

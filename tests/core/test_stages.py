@@ -5,8 +5,10 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import constants
 
+from medusa_core.backbone import load_backbone
 from medusa_core.config import EngineConfig
 from medusa_core.engine import Engine
 from medusa_core.stages import Stages
@@ -36,6 +38,18 @@ def test_heads_and_shards_are_told(vicuna_layout_dir: Path, tiny_model_dir: Path
     Engine.from_pretrained(vicuna_layout_dir, config=EngineConfig(measure=False), on_stage=told.append)
     assert "in 2 files" in told[1]
     assert not any("measuring" in stage for stage in told)
+
+
+def test_weights_are_counted_while_they_are_read(tiny_model_dir: Path) -> None:
+    told: list[str] = []
+    with Stages(told.append).counting_weights(every=0.0):
+        load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
+    count = len(told)
+    assert count > 10
+    assert told[0] == f"1 of {count} tensors read"
+    assert told[-1] == f"{count} of {count} tensors read"
+    load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
+    assert len(told) == count
 
 
 def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
