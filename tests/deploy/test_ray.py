@@ -122,12 +122,15 @@ def test_a_killed_replica_ends_its_own_streams_alone(tmp_path):
     """The benchmark in small; it compares every finished text with plain serving."""
     path = tmp_path / "report.json"
     options = ["--requests", "24", "--concurrency", "8", "--max-tokens", "48", "--no-update", "--no-measure"]
+    # Nothing of the settings, and no coverage, which would start in a dozen processes of Ray's.
+    kept = [name for name in os.environ if not name.startswith(("MEDUSA_", "RAY_", "COV"))]
+    environment = {name: os.environ[name] for name in kept}
     result = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "ray_streams.py"), *options, "--json", str(path)],
         capture_output=True,
         text=True,
         timeout=RUN_SECONDS,
-        env={name: value for name, value in os.environ.items() if not name.startswith(("MEDUSA_", "RAY_"))},
+        env=environment,
     )
     assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
     report = json.loads(path.read_text(encoding="utf-8"))
