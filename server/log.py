@@ -31,6 +31,8 @@ LIBRARIES = {
     # They log each request they make.
     "httpx": "WARNING",
     "httpcore": "WARNING",
+    # A collector that is gone is one line a batch, not one for each attempt.
+    "opentelemetry": "ERROR",
 }
 
 
