@@ -76,9 +76,10 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
             if settings.metrics_port is not None:
                 listener = bind(settings.host, settings.metrics_port)
                 await stack.enter_async_context(serve_operations(_operations_app(runtime), listener))
-            runtime.start()
         except ConfigError as error:
             runtime.start_error = ConfigError(f"no operations port: {error}")
+        else:
+            runtime.start()
         # Before the operations port closes: a drain can be watched to its end.
         stack.push_async_callback(runtime.stop)
         yield
