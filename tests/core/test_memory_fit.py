@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from medusa_core.heads.hydra import HydraHeads, HydraShape
 from medusa_core.heads.medusa import MedusaHeads
 from medusa_core.heads.prefix import PrefixLayer, prefix_config
 from medusa_core.memory_fit import GIB, MemoryNeed, check_fits
-from medusa_core.outline import held_bytes, outline_backbone, outline_heads
+from medusa_core.outline import outline_backbone, outline_heads
 
 CPU = torch.device("cpu")
 CONFIG = EngineConfig(dtype="float32", measure=False)
@@ -68,17 +69,20 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> list[MemoryNeed]:
     return seen
 
 
+def memory(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Address and size of every piece of memory behind real tensors."""
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
 def taken(engine: Engine) -> tuple[int, int, int]:
     """Bytes of a real engine's weights, heads and cache."""
-    model, heads = engine.backbone.model, engine.heads
-    shared = model.get_output_embeddings().weight
-    slots = engine._cache.slots
+    model, heads, slots = engine.backbone.model, engine.heads, engine._cache.slots
+    weights = memory((*model.parameters(), *model.buffers()))
+    own = memory((*heads.parameters(), *heads.buffers())) if heads is not None else {}
     caches = [slot._storage for slot in slots] + [slot.follower._storage for slot in slots if slot.follower]
-    return (
-        held_bytes((*model.parameters(), *model.buffers())),
-        0 if heads is None else held_bytes((*heads.parameters(), *heads.buffers()), apart_from=(shared,)),
-        held_bytes(caches),
-    )
+    head_bytes = sum(size for address, size in own.items() if address not in weights)
+    return sum(weights.values()), head_bytes, sum(memory(caches).values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
