@@ -1,6 +1,7 @@
 """What an engine tells while it starts."""
 
 import logging
+import shutil
 import threading
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from huggingface_hub import constants
 
 from medusa_core.backbone import load_backbone
+from medusa_core.checkpoints import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.engine import Engine
 from medusa_core.stages import Stages
@@ -77,3 +79,22 @@ def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_local_models_are_not_watched(name: str) -> None:
     with Stages().downloading(name, every=0.001):
         assert not [thread for thread in threading.enumerate() if thread.name == "download-watch"]
+
+
+def test_a_model_in_the_hubs_cache_is_outlined_and_described(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--someone--model"
+    shutil.copytree(tiny_model_dir, repository / "snapshots" / "0123abc")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("0123abc")
+    told: list[str] = []
+    with caplog.at_level(logging.INFO):
+        Engine.from_pretrained(
+            "someone/model", config=EngineConfig(dtype="float32", measure=False), on_stage=told.append
+        )
+    assert "GiB of memory needed on cpu" in caplog.text
+    assert told[1].startswith("weights of someone/model: 0.00 GiB in 1 file")
+    (repository / "snapshots" / "0123abc" / "model.safetensors").unlink()
+    assert describe_files("someone/model") == "not downloaded yet"
