@@ -27,9 +27,11 @@ from http_speed import running_server
 from ray_cluster import Cluster, Replica, local_cluster
 from ray_load import NUM_VARIANTS, Load, Outcome
 
+from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL
 
 RECOVERY_BATCHES = 40
+LOG_SECONDS = 1.0  # until the last accesses are in Ray's logs
 
 
 async def kill_one(load: Load, cluster: Cluster) -> dict[str, Any]:
@@ -191,9 +193,11 @@ def main(
         load = Load(cluster.url, "kill", requests, concurrency, max_tokens)
         kill = asyncio.run(load_and_kill(load, cluster))
         after, recovered = recover(cluster, kill, max_tokens)
+        time.sleep(LOG_SECONDS)
         served_by = cluster.served_by()
+        killed = {name: value for name, value in kill.items() if name != "time"}
         report = {
-            "kill": summary(load.outcomes, served_by) | kill,
+            "kill": summary(load.outcomes, served_by) | killed,
             "after": summary(after, served_by) | recovered,
         }
         problems = judge_kill(load.outcomes, kill, served_by, texts) + judge_all(after, texts)
@@ -202,9 +206,11 @@ def main(
         if update:
             rolled = Load(cluster.url, "update", requests, concurrency, max_tokens)
             replaced = asyncio.run(load_and_update(rolled, cluster))
+            time.sleep(LOG_SECONDS)
             report["update"] = summary(rolled.outcomes, cluster.served_by()) | replaced
             problems += judge_all(rolled.outcomes, texts)
     report |= {"problems": problems, "concurrency": concurrency, "max_tokens": max_tokens}
+    report |= {"config": machine_facts()}
     print(json.dumps(report, indent=2))
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

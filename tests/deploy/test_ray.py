@@ -86,6 +86,13 @@ def test_scraped_ports_begin_where_the_replicas_do(serve_app):
     assert len(ports) <= serve_app.PORTS
 
 
+def test_prometheus_takes_the_scrape_config(promtool):
+    result = subprocess.run(
+        [str(promtool), "check", "config", str(FOLDER / "prometheus.yml")], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
 def test_an_operations_port_is_one_that_nobody_has(serve_app):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
