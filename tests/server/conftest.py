@@ -1,11 +1,15 @@
 """A stand-in for a worker process, and requests on it."""
 
 import asyncio
+import logging
+import sys
+import threading
 from types import SimpleNamespace
 
 import pytest
 
 from medusa_core.request import FinishReason, SamplingParams, StepOutput
+from server.log import LIBRARIES
 from server.metrics import ServerMetrics
 from server.scheduler import Scheduler
 
@@ -61,6 +65,20 @@ async def end_of(job):
 
 def submit(scheduler, name):
     return scheduler.submit(name, [1, 2, 3], PARAMS)
+
+
+@pytest.fixture
+def logging_restored():
+    """Whatever a test does to logging as a whole is undone."""
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level, sys.excepthook, threading.excepthook)
+    levels = {name: logging.getLogger(name).level for name in LIBRARIES}
+    yield
+    logging.captureWarnings(False)
+    root.handlers[:], level, sys.excepthook, threading.excepthook = before
+    root.setLevel(level)
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_core_commands_are_there():
         assert command in output
 
 
-def test_flags_and_variables_reach_the_server(monkeypatch):
+def test_flags_and_variables_reach_the_server(monkeypatch, logging_restored):
     seen = []
     monkeypatch.setattr(listener, "serve", seen.append)
     result = CliRunner().invoke(

@@ -10,17 +10,15 @@ import warnings
 
 import pytest
 
-from server.log import LIBRARIES, configure_logging, escape, request_ids
+from server.log import configure_logging, escape, request_ids
 
 FORGED = "x\n2026-01-01 00:00:00,000 ERROR   root: forged\r\x1b[31m\x00\u2028\x85\ud800"
 
 
 @pytest.fixture
-def logs(monkeypatch):
-    """`logs(format, ...)` sends all logging into memory; afterwards everything is as it was."""
-    root, stream = logging.getLogger(), io.StringIO()
-    before = (root.handlers[:], root.level, sys.excepthook, threading.excepthook, warnings.showwarning)
-    levels = {name: logging.getLogger(name).level for name in LIBRARIES}
+def logs(monkeypatch, logging_restored):
+    """`logs(format, ...)` sends all logging into memory."""
+    stream = io.StringIO()
 
     def start(log_format, level="info", **options):
         with monkeypatch.context() as patch:
@@ -28,12 +26,7 @@ def logs(monkeypatch):
             configure_logging(level, log_format, **options)
         return stream
 
-    yield start
-    logging.captureWarnings(False)
-    root.handlers[:], root.level, sys.excepthook, threading.excepthook, warnings.showwarning = before
-    root.setLevel(before[1])
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
+    return start
 
 
 def lines(stream):
