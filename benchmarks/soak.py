@@ -12,6 +12,7 @@ fails if
 - the same seed gives another text, streamed or not, with speculation or without, from whichever worker,
 - a worker that hangs is not replaced, one that only hiccups is, or one dies by itself,
 - more requests lose their worker than it had in its slots,
+- `GET /health` takes longer than 3 s,
 - anything is left: running or waiting requests, descriptors, threads, children; or memory grows by 1 MiB a
   minute or more after the warm-up; or a slot cannot be used,
 - SIGTERM does not let what was accepted finish, and end the server with 0.
@@ -40,7 +41,7 @@ def main(  # noqa: PLR0913 - every option is an argument
     kill_interval: Annotated[float, typer.Option(help="Seconds between kills, on average.")] = 52.0,
     calm: Annotated[float, typer.Option(help="Share of the run, at its end, without faults.")] = 0.12,
     stall_timeout: float = 4.0,
-    load_timeout: float = 20.0,
+    load_timeout: float = 30.0,
     request_timeout: float = 60.0,
     send_timeout: float = 4.0,
     dtype: Annotated[

@@ -94,6 +94,12 @@ BAD_REQUESTS = (
         content=_changed(messages=[{"role": "user", "content": "\ud800"}]),
         codes=VALUE,
     ),
+    BadRequest(
+        name="many wrong parts",
+        content=_changed(messages=[{"role": "user", "content": [{}] * 150_000}]),
+        codes=(*VALUE, "missing_required_parameter"),
+    ),
+    BadRequest(name="many numbers", content=_changed(messages=[7] * 250_000), codes=(*TYPE, *VALUE)),
     BadRequest(name="wrong model", content=_changed(model="gpt-5"), status=404, codes=("model_not_found",)),
     BadRequest(name="a model of a wrong type", content=_changed(model=["x"]), codes=TYPE),
     BadRequest(name="unknown parameter", content=_changed(temprature=1), codes=("unknown_parameter",)),

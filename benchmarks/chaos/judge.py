@@ -28,6 +28,7 @@ class SoakRun:
     faults: FaultLog = field(default_factory=FaultLog)
     level_before: Level | None = None
     level_after: Level | None = None
+    health_seconds: list[float] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
     warm_at: float = 0.0
@@ -42,9 +43,17 @@ class SoakRun:
         return list(worker_slopes(self.samples, WORKER_WARM_UP, LEAST_WORKER_SECONDS).values())
 
 
-def find_failures(run: SoakRun, slots: int) -> list[str]:
-    """Empty for a run that passed."""
-    return [*_of_requests(run, slots), *run.left, *run.faults.failures, *_of_workers(run), *_of_memory(run)]
+def find_failures(run: SoakRun, slots: int, health_limit: float) -> list[str]:
+    """Empty for a run that passed. `health_limit`: seconds in which a living server says so."""
+    worst = max(run.health_seconds, default=0.0)
+    return [
+        *_of_requests(run, slots),
+        *run.left,
+        *run.faults.failures,
+        *_of_workers(run),
+        *_of_memory(run),
+        *([f"GET /health took {worst:.1f} s: the event loop stood still"] if worst > health_limit else []),
+    ]
 
 
 def _of_requests(run: SoakRun, slots: int) -> Iterator[str]:

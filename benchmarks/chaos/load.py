@@ -11,9 +11,10 @@ import httpx
 from chaos.clients import CLIENTS, WEIGHTS, Client
 from chaos.outcomes import ContractError, Kind, Outcome
 from chaos.server_process import Sample, ServerProcess
-from chaos.world import World
+from chaos.world import World, new_client
 
 SAMPLE_SECONDS = 1.0
+PROBE_SECONDS = 0.25
 KEPT_FAILURES = 50
 
 
@@ -81,6 +82,16 @@ async def run_load(
     async with asyncio.TaskGroup() as group:
         for _ in range(concurrency):
             group.create_task(work())
+
+
+async def probe(port: int, seconds: list[float]) -> None:
+    """How long the server takes to say that it lives, again and again until cancelled."""
+    async with new_client(port) as http:
+        while True:
+            start = time.monotonic()
+            (await http.get("/health")).raise_for_status()
+            seconds.append(time.monotonic() - start)
+            await asyncio.sleep(PROBE_SECONDS)
 
 
 async def watch(server: ServerProcess, samples: list[Sample]) -> None:

@@ -3,7 +3,7 @@
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from statistics import median
+from statistics import median, quantiles
 from typing import Any
 
 import psutil
@@ -14,6 +14,8 @@ from rich.table import Table
 from chaos.judge import SoakRun
 from chaos.memory import MIB, thin_out
 from chaos.outcomes import Kind
+
+LOG_END = 6000  # characters of the server's log, kept where something failed
 
 
 def build_report(run: SoakRun, failures: Sequence[str], settings: dict[str, Any]) -> dict[str, Any]:
@@ -36,10 +38,12 @@ def build_report(run: SoakRun, failures: Sequence[str], settings: dict[str, Any]
             kind: {"median": round(median(seconds), 1), "most": round(max(seconds), 1)}
             for kind, seconds in run.faults.recovery_seconds.items()
         },
+        "health_seconds": _health(run.health_seconds),
         "worker_restarts": run.metrics.get("medusa_worker_restarts_total"),
         "level_before": run.level_before and asdict(run.level_before),
         "level_after": run.level_after and asdict(run.level_after),
         "memory": _memory(run),
+        "log_end": run.log[-LOG_END:] if failures else "",
         "settings": settings,
         "machine": machine_facts(),
     }
@@ -70,6 +74,10 @@ def print_report(report: dict[str, Any], console: Console) -> None:
         console.print(
             f"ready again after a {kind}: {seconds['median']} s (median), {seconds['most']} s (most)"
         )
+    health = report["health_seconds"]
+    console.print(
+        f"GET /health: {health['median']} s (median), {health['p99']} s (p99), {health['most']} s (most)"
+    )
     memory = report["memory"]
     for name, slope in [("API process", memory["api"]), *(("worker", slope) for slope in memory["workers"])]:
         if slope is not None:
@@ -81,6 +89,11 @@ def print_report(report: dict[str, Any], console: Console) -> None:
     for failure in [*report["failures"], *report["failed_requests"]]:
         console.print(f"[red]{escape(failure[:2000])}[/red]")
     console.print("[green]passed[/green]" if report["passed"] else "[red]failed[/red]")
+
+
+def _health(seconds: Sequence[float]) -> dict[str, float]:
+    p50, p99 = (quantiles(seconds, n=100, method="inclusive")[place] for place in (49, 98))
+    return {"median": round(p50, 4), "p99": round(p99, 3), "most": round(max(seconds), 3)}
 
 
 def _memory(run: SoakRun) -> dict[str, Any]:

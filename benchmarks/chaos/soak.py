@@ -10,7 +10,7 @@ from chaos.clients import WEIGHTS
 from chaos.faults import FaultInjector, plan_faults
 from chaos.judge import SoakRun, find_failures
 from chaos.leaks import end_politely, fill_slots, settle
-from chaos.load import Tally, run_load, watch
+from chaos.load import Tally, probe, run_load, watch
 from chaos.report import build_report
 from chaos.server_process import ServerProcess
 from chaos.world import World, new_client, served_by
@@ -39,7 +39,8 @@ class SoakSettings:
     dtype: str
     warm_up: float = 15.0
     body_limit: int = 2**20
-    body_timeout: float = 2.0
+    body_timeout: float = 5.0
+    health_limit: float = 3.0
     weights: Mapping[str, int] = field(default_factory=lambda: dict(WEIGHTS))
     more_flags: Mapping[str, object] = field(default_factory=dict)
 
@@ -69,13 +70,14 @@ async def soak(settings: SoakSettings) -> dict[str, Any]:
         world = await _new_world(server, settings, chance)
         run = await _run(server, world, settings, chance)
         run.log = server.log()
-    failures = find_failures(run, settings.slots)
+    failures = find_failures(run, settings.slots, settings.health_limit)
     return build_report(run, failures, asdict(settings))
 
 
 async def _run(server: ServerProcess, world: World, settings: SoakSettings, chance: random.Random) -> SoakRun:
     run = SoakRun()
     watching = asyncio.create_task(watch(server, run.samples))
+    probing = asyncio.create_task(probe(server.port, run.health_seconds))
     try:
         await _load(world, run.tally, settings, settings.warm_up)
         run.level_before, run.left = await settle(server)
@@ -90,9 +92,13 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
         run.level_after, left = await settle(server, run.level_before)
         run.left += left
         run.metrics = await asyncio.to_thread(server.metrics)
+        if probing.done():
+            run.left.append(f"GET /health failed: {probing.exception()!r}")
+        probing.cancel()
         await _check_end(server, world, run)
     finally:
         watching.cancel()
+        probing.cancel()
     return run
 
 

@@ -123,7 +123,9 @@ async def ask_stream(
 def new_client(port: int) -> httpx.AsyncClient:
     """Without time limits of its own: each request has one as a whole."""
     return httpx.AsyncClient(
-        base_url=f"http://{HOST}:{port}", timeout=None, limits=httpx.Limits(max_connections=None)
+        base_url=f"http://{HOST}:{port}",
+        timeout=None,
+        limits=httpx.Limits(max_connections=None, keepalive_expiry=2.0),
     )
 
 

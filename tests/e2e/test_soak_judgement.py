@@ -204,8 +204,8 @@ def sound_run(slope=0.0):
 
 
 def test_the_verdict():
-    assert find_failures(sound_run(), slots=2) == []
-    [*leaks] = find_failures(sound_run(slope=2.0), slots=2)
+    assert find_failures(sound_run(), slots=2, health_limit=3.0) == []
+    [*leaks] = find_failures(sound_run(slope=2.0), slots=2, health_limit=3.0)
     assert len(leaks) == 2
     assert "the API process grew by" in leaks[0]
     assert "a worker grew by" in leaks[1]
@@ -230,14 +230,15 @@ def test_the_verdict():
         (lambda run: run.metrics.update(medusa_ready=0.0), "not ready at the end"),
         (lambda run: setattr(run, "log", "ERROR\nTraceback (most recent call last)"), "a traceback"),
         (lambda run: run.left.append("2 zombies"), "2 zombies"),
+        (lambda run: run.health_seconds.append(3.5), "GET /health took 3.5 s"),
         (lambda run: run.faults.failures.append("no worker within 90 s"), "no worker within"),
     ],
-    ids=range(8),
+    ids=range(9),
 )
 def test_what_spoils_a_run(spoil, said):
     run = sound_run()
     spoil(run)
-    [failure] = find_failures(run, slots=2)
+    [failure] = find_failures(run, slots=2, health_limit=3.0)
     assert said in failure
 
 

@@ -34,6 +34,7 @@ def test_soak():
         send_timeout=2.0,
         dtype="float32",
         warm_up=3.0,
+        health_limit=60.0,
         weights=dict.fromkeys(CLIENTS, 1),
         more_flags={"measure": "false"},
     )
