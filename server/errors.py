@@ -163,6 +163,8 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
     if kind == "json_invalid":
         return invalid("The body of the request is not valid JSON.", code="invalid_json")
     param = _param(location)
+    if kind == "too_many_members" and param is None:
+        return invalid(f"The body of the request {_cut(str(first['msg']))}.", code="invalid_body")
     if param is None:
         return invalid(
             "The body of the request must be a JSON object sent as application/json.", code="invalid_body"

@@ -4,10 +4,11 @@ The request is strict: what we do not know is refused, and what we cannot honour
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Struct, UnsetType
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
@@ -15,6 +16,9 @@ from medusa_core.request import MAX_SEED
 from server.schemas.neutral import Neutral
 
 MAX_MESSAGES = 2048
+MAX_PARTS = 2048  # of one message
+MAX_MEMBERS = 128  # of any object; the longest we know has 40
+MAX_METADATA = 16  # OpenAI's own limit
 MAX_STOPS = 4
 MAX_STOP_LENGTH = 256  # characters
 MAX_TOP_K = 2**31 - 1
@@ -23,6 +27,7 @@ MIN_SEED = -(2**63)  # OpenAI's seeds are signed 64-bit integers; ours may also 
 TEXT_PARTS_SCHEMA: dict[str, Any] = {
     "type": "array",
     "minItems": 1,
+    "maxItems": MAX_PARTS,
     "items": {
         "type": "object",
         "required": ["type", "text"],
@@ -40,6 +45,8 @@ def _as_parts(value: Any) -> Any:
     if isinstance(value, str):
         return [{"type": "text", "text": value}]
     if isinstance(value, list):
+        if len(value) > MAX_PARTS:  # `max_length` would look at each of them first
+            raise PydanticCustomError("too_many_parts", "must have at most {most} parts", {"most": MAX_PARTS})
         return value
     raise PydanticCustomError("invalid_type", "must be a string or a list of text parts")
 
@@ -48,9 +55,25 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _check_members(value: Any, most: int = MAX_MEMBERS) -> Any:
+    """Bound an object before anything is said of its members.
+
+    Validation runs on the event loop and makes an error of each wrong one: of a body of 4 MB it would make
+    hundreds of thousands, for seconds.
+    """
+    if isinstance(value, dict) and len(value) > most:
+        raise PydanticCustomError("too_many_members", "must have at most {most} members", {"most": most})
+    return value
+
+
 class _Strict(BaseModel):
     # allow_inf_nan: Python's JSON reader accepts NaN and Infinity.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, value: Any) -> Any:
+        return _check_members(value)
 
 
 class TextPart(_Strict):
@@ -66,6 +89,7 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[TextPart],
+        FailFast(),  # see `_check_members`
         BeforeValidator(_as_parts),
         Field(min_length=1),
         WithJsonSchema({"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA]}),
@@ -108,7 +132,7 @@ class ChatRequest(_Strict):
     """
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     temperature: Annotated[float | None, Field(ge=0.0, le=2.0)] = None
@@ -137,7 +161,9 @@ class ChatRequest(_Strict):
 
     # Inert: they do not change the answer
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[
+        dict[str, str] | None, BeforeValidator(partial(_check_members, most=MAX_METADATA))
+    ] = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None

@@ -66,3 +66,42 @@ def test_json_schema_says_what_is_accepted():
     assert schema["properties"]["n"]["enum"] == [None, 1]
     content = schema["$defs"]["ChatMessage"]["properties"]["content"]
     assert [option["type"] for option in content["anyOf"]] == ["string", "array"]
+
+
+def many(count):
+    return {f"k{number}": 1 for number in range(count)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"messages": [{"role": "user", "content": [{}] * 9999}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 9999}]},
+            "messages[0].content",
+        ),
+        ({"messages": [{"role": "user", "content": [{}] * 2000}]}, "messages[0].content[0].type"),
+        ({"messages": [7] * 9999}, "messages[0]"),
+        ({"messages": [{}] * 2000}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": "a"} | many(9999)]}, "messages[0]"),
+        ({"stop": [1] * 9999}, "stop"),
+        ({"speculation": many(9999)}, "speculation"),
+        ({"stream_options": many(9999)}, "stream_options"),
+        ({"metadata": many(17)}, "metadata"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        (many(9999), None),
+    ],
+)
+def test_a_large_body_is_refused_at_its_first_fault(changes, param):
+    """Validation runs on the event loop: a million errors would stop every stream for seconds."""
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate(GOOD | changes)
+    assert caught.value.error_count() <= 10
+    assert refuse(**changes).detail.param == param
+
+
+def test_what_clients_send_is_not_too_large():
+    metadata = {f"k{number}": "v" for number in range(16)}
+    parts = [{"type": "text", "text": "a"}] * 2048
+    body = GOOD | {"metadata": metadata, "messages": [{"role": "user", "content": parts}]}
+    assert len(ChatRequest.model_validate(body).messages[0].text) == 2048
