@@ -213,6 +213,34 @@ def test_the_gpu_box_reserves_gpus_and_serves_vicuna(config: Config) -> None:
     assert environment["MEDUSA_HEADS"] == "FasterDecoding/medusa-vicuna-7b-v1.3"
 
 
+def test_the_gpu_exporter_watches_what_the_boards_show_and_nothing_that_needs_privileges(
+    config: Config,
+) -> None:
+    """Its own list has profiling fields: without SYS_ADMIN, one of them makes it refuse all fields."""
+    exporter = config(GPU)["services"]["dcgm-exporter"]
+    (mount,) = exporter["volumes"]
+    source, target = mount.split(":")[:2] if isinstance(mount, str) else (mount["source"], mount["target"])
+    listed = Path(exporter["environment"]["DCGM_EXPORTER_COLLECTORS"])
+    assert str(listed.parent) == target
+    lines = (Path(source) / listed.name).read_text(encoding="utf-8").splitlines()
+    counters = [line.split(", ", 2) for line in lines if not line.startswith("#")]
+    assert all(kind in ("gauge", "counter") and about for _, kind, about in counters)
+    fields = {field for field, _, _ in counters}
+    boards = "".join(path.read_text() for path in (ROOT / "deploy/grafana/dashboards").glob("*.json"))
+    shown = set(re.findall(r"DCGM_FI_\w+", boards))
+    assert shown
+    assert shown <= fields
+    assert not any(field.startswith("DCGM_FI_PROF_") for field in fields)
+
+
+@pytest.mark.parametrize("file", [GPU, CPU])
+def test_no_proxy_stands_between_neighbours(config: Config, file: str) -> None:
+    """Compose gives containers the proxies of Docker's client configuration; busybox knows no no_proxy."""
+    for name in ("prometheus", "grafana"):
+        environment = config(file)["services"][name]["environment"]
+        assert {environment["HTTP_PROXY"], environment["http_proxy"]} == {""}, name
+
+
 def test_the_laptop_has_all_but_the_gpu(config: Config) -> None:
     gpu, cpu = config(GPU), config(CPU)
     assert cpu["services"].keys() == gpu["services"].keys() - {"dcgm-exporter"}
