@@ -67,8 +67,8 @@ def _now() -> Line:
     ]
     in_time = stat(
         "In time, last 30 minutes",
-        "Requests whose first token came within 5 seconds; the objective is 95 %. A refused request (429) "
-        "counts as late. All instances of the model together.",
+        "Requests whose first token came within 5 seconds; the objective is 95 %. A request that was "
+        "refused (429) or failed counts as late. All instances of the model together.",
         [
             Query(
                 expr='1 - job_model:medusa_ttft_slo_miss:ratio_rate30m{model=~"$model"}',
@@ -92,8 +92,8 @@ def _both(title: str, about: str, metric: str) -> Line:
 def _objective() -> Line:
     missed = series(
         "Late first tokens by window",
-        "Share of requests without a first token within 5 seconds, refused ones included, by the window of "
-        "an alert. The line is the error budget of 5 %. All instances of the model together.",
+        "Share of requests without a first token within 5 seconds, refused and failed ones included, by the "
+        "window of an alert. The line is the error budget of 5 %. All instances of the model together.",
         [
             Query(
                 expr=f'job_model:medusa_ttft_slo_miss:ratio_rate{window}{{model=~"$model"}}',
