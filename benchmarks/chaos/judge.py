@@ -12,10 +12,11 @@ from chaos.outcomes import Kind
 from chaos.server_process import Sample
 
 MAX_SLOPE = 1.0  # MiB a minute
-# After its start, or the beginning of the load, memory still finds its level; shorter spans tell nothing.
-API_WARM_UP = 60.0
+# At first memory finds its level: each new mix of large bodies at once makes a new high water. Short spans
+# tell nothing.
+API_WARM_UP_SHARE = 0.25  # of all samples
 WORKER_WARM_UP = 30.0
-LEAST_MINUTES = 2.0
+LEAST_MINUTES = 5.0
 LEAST_WORKER_SECONDS = 90.0
 
 
@@ -31,12 +32,13 @@ class SoakRun:
     health_seconds: list[float] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
-    warm_at: float = 0.0
     log: str = ""
 
     @property
     def api_slope(self) -> Slope | None:
-        return api_slope(self.samples, self.warm_at + API_WARM_UP)
+        if not self.samples:
+            return None
+        return api_slope(self.samples, API_WARM_UP_SHARE * self.samples[-1].at)
 
     @property
     def worker_slopes(self) -> list[Slope]:

@@ -1,20 +1,24 @@
 """Clients at work: so many at once, each dealt a class, until the time is up; every end is written down."""
 
 import asyncio
+import sys
 import time
+from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import httpx
 
 from chaos.clients import CLIENTS, WEIGHTS, Client
 from chaos.outcomes import ContractError, Kind, Outcome
 from chaos.server_process import Sample, ServerProcess
-from chaos.world import World, new_client
+from chaos.world import World
 
 SAMPLE_SECONDS = 1.0
-PROBE_SECONDS = 0.25
+PROBER = Path(__file__).with_name("prober.py")
 KEPT_FAILURES = 50
 
 
@@ -85,13 +89,20 @@ async def run_load(
 
 
 async def probe(port: int, seconds: list[float]) -> None:
-    """How long the server takes to say that it lives, again and again until cancelled."""
-    async with new_client(port) as http:
-        while True:
-            start = time.monotonic()
-            (await http.get("/health")).raise_for_status()
-            seconds.append(time.monotonic() - start)
-            await asyncio.sleep(PROBE_SECONDS)
+    """How long the server takes to say that it lives, until cancelled. Raises if it says no."""
+    prober = await asyncio.create_subprocess_exec(
+        sys.executable, str(PROBER), str(port), stdout=PIPE, stderr=PIPE
+    )
+    assert prober.stdout is not None
+    assert prober.stderr is not None
+    try:
+        async for line in prober.stdout:
+            seconds.append(float(line))
+        raise ContractError((await prober.stderr.read()).decode()[-300:])
+    finally:
+        with suppress(ProcessLookupError):
+            prober.kill()
+        await prober.wait()
 
 
 async def watch(server: ServerProcess, samples: list[Sample]) -> None:

@@ -81,7 +81,6 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
     try:
         await _load(world, run.tally, settings, settings.warm_up)
         run.level_before, run.left = await settle(server)
-        run.warm_at = server.sample().at
         injector = FaultInjector(server, random.Random(settings.seed + 1), settings.stall_timeout)
         run.faults = injector.log
         faulty_seconds = settings.seconds * (1.0 - settings.calm)
@@ -94,12 +93,17 @@ async def _run(server: ServerProcess, world: World, settings: SoakSettings, chan
         run.metrics = await asyncio.to_thread(server.metrics)
         if probing.done():
             run.left.append(f"GET /health failed: {probing.exception()!r}")
-        probing.cancel()
+        await _end(probing)
         await _check_end(server, world, run)
     finally:
-        watching.cancel()
-        probing.cancel()
+        await _end(probing)
+        await _end(watching)
     return run
+
+
+async def _end(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
 
 
 async def _check_end(server: ServerProcess, world: World, run: SoakRun) -> None:
