@@ -6,6 +6,7 @@ decoding needs. Shapes: B slots, T new tokens, S cached tokens, E hidden, V voca
 
 import contextlib
 import inspect
+import os
 import pickle  # for the name of an error alone  # nosec B403
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -201,6 +202,8 @@ def load_backbone(
 
 def _from_pretrained(model: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model and what was odd about its weights; nothing of the repository's own code runs."""
+    # Else transformers, in a thread, has a public service convert `.bin` weights, and downloads what it made.
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         model,
         dtype=dtype,
