@@ -6,7 +6,7 @@ event loop.
 
 import asyncio
 import secrets
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from medusa_core.errors import TokenizerError
@@ -36,7 +36,7 @@ class PromptBuilder:
     info: ModelInfo
     defaults: SamplingParams
     default_mode: SpeculationMode
-    executor: ThreadPoolExecutor
+    executor: Executor
     timeout: float  # seconds; a template is somebody's code and may loop
 
     async def prepare(self, body: ChatRequest) -> PreparedRequest:

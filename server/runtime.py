@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from medusa_core.errors import MedusaError
 from medusa_core.request import SpeculationMode
 from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server import errors
+from server.daemon import DaemonExecutor
 from server.messages import ModelInfo
 from server.metrics import ServerMetrics
 from server.prompts import PromptBuilder
@@ -53,7 +53,7 @@ class Runtime:
         self.start_error: MedusaError | None = None
         self.is_draining = False
         self.is_drained = False
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prompts")
+        self._executor = DaemonExecutor("prompts")
         self._tasks: set[asyncio.Task[None]] = set()
         self.pool = WorkerPool(
             [
@@ -125,7 +125,7 @@ class Runtime:
         for task in self._tasks:
             task.cancel()
         await self.pool.stop()
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        self._executor.shutdown()
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.stop)
 

@@ -122,6 +122,22 @@ def test_second_signal_ends_at_once(start_medusa, model_flags):
             list(lines)
 
 
+@pytest.mark.slow
+def test_a_template_that_loops_does_not_outlive_the_server(start_medusa, model_flags, tmp_path):
+    template = tmp_path / "loop.jinja"
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    template.write_text(
+        "{{ messages[0].content }}{% if messages[0].content == 'hi' %}" + loop + "{% endif %}"
+    )
+    flags = (*model_flags, "--chat-template", str(template), "--request-timeout", "0.5")
+    process, url = start_medusa(*flags)
+    answer = ask(url)
+    assert answer.status_code == 503
+    assert answer.json()["error"]["code"] == "prompt_timeout"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
+
+
 def one_line_refusal(run_medusa, *flags, **environment):
     """The error line of a server that does not start."""
     code, output = run_medusa(*flags, **environment)
@@ -145,6 +161,7 @@ def one_line_refusal(run_medusa, *flags, **environment):
         (["--slots", "0"], {}, ["MEDUSA_SLOTS (--slots): must be between"]),
         (["--dtype", "int3"], {}, ["dtype", "int3"]),
         (["--host", "no.such.host.invalid"], {}, ["cannot listen on no.such.host.invalid"]),
+        (["--host", ".."], {}, ["cannot listen on ..: it is no host name"]),
         (["--model", "/no/such/model"], {}, ["/no/such/model"]),
         (["--chat-template", "/no/such/template"], {}, ["/no/such/template"]),
     ],
