@@ -123,7 +123,9 @@ class Replica:
     @property
     def stage(self) -> str:
         """What a starting worker is doing."""
-        return "waiting to be restarted" if self.worker is None else self.worker.stage
+        if self.worker is None:
+            return "waiting to be restarted"
+        return self.worker.stage if self._failure == Failure() else self._failure.text
 
     @property
     def is_stalled(self) -> bool:
@@ -142,6 +144,8 @@ class Replica:
         logger.error("%s", self._failure.text)
         self.is_ready = False
         self.worker.kill()
+        # Not only at its exit: a process that hangs inside a driver may not end for a long time.
+        self._pool.listener.worker_lost(self.worker)
 
     def _silence(self) -> float:
         """Seconds without progress, as far as there was something to do."""

@@ -1,8 +1,8 @@
 """The worker process: owns the engine, obeys commands from one pipe and reports events through another.
 
-It ignores SIGINT and SIGTERM, which go to the whole process group, and leaves on a `Shutdown`, when the
-command pipe ends, or when the parent is gone. An engine error that is not one request's own ends the process,
-since its state is unknown then.
+It ignores SIGINT, SIGTERM and SIGHUP, which go to the whole process group, and leaves on a `Shutdown`, when
+the command pipe ends, or when the parent is gone. An engine error that is not one request's own ends the
+process, since its state is unknown then.
 """
 
 import logging
@@ -178,7 +178,7 @@ class WorkerLoop:
 
 def worker_main(config: WorkerConfig, generation: int, commands: Connection, events: Connection) -> None:
     """Entry point of the process."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     client_ids: dict[str, str] = {}  # of the requests that are here, by completion id
     configure_logging(config.log_level, config.log_format, worker=generation, client_ids=client_ids)

@@ -76,7 +76,8 @@ def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
         pid = server.worker_pid
         server.kill_worker()
         replica = server.runtime.pool._replicas[0]
-        wait_until(lambda: replica.worker is not None and replica.worker.info is None)
+        # Not before its first word: the object is there before its process.
+        wait_until(lambda: replica.worker is not None and replica.worker.stage == "importing libraries")
         assert server.worker_pid != pid
         server.kill_worker(signal.SIGSTOP)
         assert "the worker is starting: " in server.get("/ready").text
@@ -179,6 +180,34 @@ def test_deadlines_and_the_end_of_restarts(start_server, endless_model_dir, tmp_
         assert refused.status_code == 503
         assert refused.json()["error"]["code"] == "no_worker"
         assert "endless" not in refused.json()["error"]["message"], "no paths for clients"
+    finally:
+        server.stop()
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_process_group_leaves_the_workers_alone(live, number):
+    """A terminal that closes sends it to all; the server drains, and needs its workers for that."""
+    pid = live.worker_pid
+    live.kill_worker(number)
+    assert live.post(max_tokens=3).status_code == 200
+    assert live.worker_pid == pid
+
+
+def test_requests_end_though_the_hung_worker_does_not(start_server, wait_until, monkeypatch):
+    """A process that waits inside a driver cannot be killed; its clients need not wait for it."""
+    server = start_server(stall_timeout=1.0)
+    try:
+        pid = server.worker_pid
+        monkeypatch.setattr(server.runtime.pool._replicas[0].worker, "kill", lambda: None)
+        streams = Background([lambda: server.stream(max_tokens=8000)])
+        wait_until(lambda: server.runtime.scheduler.num_running == 1)
+        server.kill_worker(signal.SIGSTOP)
+        assert error_of(streams.join()[0])["code"] == "worker_lost"
+        assert server.worker_pid == pid
+        assert "the worker was killed after" in server.get("/ready").text
+        server.kill_worker()
+        assert server.post(timeout=120, max_tokens=3).status_code == 200
+        assert server.metric("medusa_worker_restarts_total", reason="hang") == 1
     finally:
         server.stop()
 
