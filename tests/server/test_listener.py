@@ -1,6 +1,10 @@
 """The listening socket: what accepted connections inherit from it."""
 
 import asyncio
+import errno
+import os
+import resource
+import select
 import socket
 
 import pytest
@@ -42,3 +46,27 @@ def test_a_taken_port_is_one_line() -> None:
     taken = bind("127.0.0.1", 0)
     with taken, pytest.raises(ConfigError, match="cannot listen on 127.0.0.1 port"):
         bind("127.0.0.1", taken.getsockname()[1])
+
+
+@pytest.mark.parametrize("host", ["..", "a" * 64 + ".example"])
+def test_what_is_no_host_name_is_one_line(host: str) -> None:
+    with pytest.raises(ConfigError, match="it is no host name"):
+        bind(host, 0)
+
+
+def test_without_descriptors_a_listener_asks_once_and_goes_on_later() -> None:
+    """asyncio logs each failed `accept` with its traceback, as often as the backlog is long."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with bind("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        assert select.select([listener], [], [], 10)[0]
+        listener.setblocking(False)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match=os.strerror(errno.EMFILE)):
+                listener.accept()
+            with pytest.raises(BlockingIOError):
+                listener.accept()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        accepted, _ = listener.accept()
+        accepted.close()
