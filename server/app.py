@@ -8,7 +8,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 import medusa_core
@@ -19,7 +19,7 @@ from server.errors import ApiError
 from server.limits import BodyRefused, RequestLimits, handle_body_refused
 from server.middleware import RequestContext, ShapeCrashes
 from server.operations import serve_operations
-from server.responses import error_response
+from server.responses import CLIENT_CLOSED, error_response
 from server.routes import chat, health, metrics, models
 from server.runtime import Runtime
 from server.settings import Settings, split_list
@@ -108,6 +108,8 @@ async def _handle_validation_error(request: Request, error: Exception) -> Respon
 async def _handle_http_exception(request: Request, error: Exception) -> Response:
     """What the framework itself refuses: unknown paths, wrong methods, unreadable bodies."""
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED)
     line = f"{request.method} {request.url.path}"
     match error.status_code:
         case HTTPStatus.NOT_FOUND:

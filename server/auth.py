@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 OPEN_METHODS = ("GET", "HEAD")
 OPEN_PATH = "/health"
 SHORT_KEY = 16  # characters
+MAX_KEYS_FILE = 2**20  # bytes
 
 
 class KeyRing:
@@ -96,9 +97,14 @@ def _read(path: Path) -> list[str]:
     name = f"MEDUSA_API_KEYS_FILE ({path})"
     try:
         mode = path.stat().st_mode
-        text = path.read_text(encoding="utf-8-sig")
+        with path.open("rb") as file:
+            content = file.read(MAX_KEYS_FILE + 1)
     except OSError as error:
         raise ConfigError(f"{name} cannot be read: {error.strerror}") from error
+    if len(content) > MAX_KEYS_FILE:
+        raise ConfigError(f"{name} has more than {MAX_KEYS_FILE} bytes; is it the right file?")
+    try:
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ConfigError(f"{name} is not a text file") from None
     if mode & stat.S_IROTH:

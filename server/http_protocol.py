@@ -5,6 +5,7 @@ of a request that has been answered.
 """
 
 import asyncio
+from collections.abc import Callable
 from http import HTTPStatus
 
 import h11
@@ -17,11 +18,17 @@ from server.errors import ApiError
 LEFTOVER_SECONDS = 5.0  # to finish sending a request that has been answered already
 
 
-def build_protocol(header_timeout: float) -> type[H11Protocol]:
-    """A protocol for `uvicorn.Config(http=...)` whose clients have `header_timeout` seconds for headers."""
+def build_protocol(header_timeout: float, on_refusal: Callable[[ApiError], None]) -> type[H11Protocol]:
+    """A protocol for `uvicorn.Config(http=...)` whose clients have `header_timeout` seconds for headers.
+
+    `on_refusal` hears of the errors that are told before there is a request.
+    """
 
     class Protocol(BoundedProtocol):
         header_seconds = header_timeout
+
+        def note_refusal(self, error: ApiError) -> None:
+            on_refusal(error)
 
     return Protocol
 
@@ -58,7 +65,11 @@ class BoundedProtocol(H11Protocol):
         is_too_large = limit is not None and len(unread) > limit
         self._refuse(errors.headers_too_large(limit or 0) if is_too_large else errors.malformed())
 
+    def note_refusal(self, error: ApiError) -> None:
+        """For whoever counts."""
+
     def _refuse(self, error: ApiError) -> None:
+        self.note_refusal(error)
         body = msgspec.json.encode(error.body)
         headers = [
             (b"content-type", b"application/json"),

@@ -73,7 +73,7 @@ def build_server(app: FastAPI) -> DrainingServer:
         app,
         access_log=False,  # `server.access` knows more
         loop="asyncio",  # also where something else, Ray for one, has brought uvloop along
-        http=build_protocol(settings.body_timeout),
+        http=build_protocol(settings.body_timeout, app.state.runtime.metrics.observe_refusal),
         h11_max_incomplete_event_size=settings.max_header_bytes,
         log_config=None,
         lifespan="on",

@@ -20,8 +20,10 @@ from prometheus_client.metrics_core import Metric
 
 import medusa_core
 from medusa_core.request import FinishReason, SpeculationMode, StepStats
+from server.errors import ApiError
 from server.messages import ModelInfo
 
+UNROUTED = "none"  # route of what reached none: unknown paths, refusals before routing
 REJECTED = "rejected"  # finish reason of requests that never got into the queue (429)
 FINISH_REASONS = (*FinishReason, REJECTED)
 RESTART_REASONS = ("crash", "hang", "load")  # it died, was killed for making no progress, could not load
@@ -192,6 +194,11 @@ class ServerMetrics:
     def observe_error(self, code: str) -> None:
         """Account for one error a client was told of."""
         self._errors.labels(code).inc()
+
+    def observe_refusal(self, error: ApiError) -> None:
+        """Account for an answer to what is no request, or no whole one, and reached no route."""
+        self.observe_response(UNROUTED, error.status)
+        self.observe_error(error.label)
 
     def observe_step(self, stats: StepStats, num_tokens: int) -> None:
         """Account for one engine step that gained `num_tokens` tokens."""

@@ -11,14 +11,13 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.access import log_request
 from server.log import REQUEST_ID, request_ids
-from server.metrics import ServerMetrics
+from server.metrics import UNROUTED, ServerMetrics
 from server.record import RequestRecord, put_record
 from server.responses import ERROR_CODE, error_response
 from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
-UNROUTED = "none"  # of requests that reached no route: unknown paths, refusals before routing
 TRACE_HEADERS = ("traceparent", "tracestate")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 

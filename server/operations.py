@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator, Iterator
 import uvicorn
 from starlette.types import ASGIApp
 
+from server.http_protocol import BoundedProtocol
+
 logger = logging.getLogger(__name__)
 
 
@@ -25,7 +27,7 @@ async def serve_operations(app: ASGIApp, listener: socket.socket) -> AsyncIterat
     """Serve `app` on `listener` meanwhile, and close it at the end."""
     config = uvicorn.Config(
         app,
-        http="h11",
+        http=BoundedProtocol,
         log_config=None,
         access_log=False,
         lifespan="off",

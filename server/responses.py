@@ -8,6 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError
 
+CLIENT_CLOSED = 499  # nobody reads it; the access log does
 ERROR_CODE = "medusa.error_code"  # key of the ASGI scope
 
 _json = msgspec.json.Encoder()

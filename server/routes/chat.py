@@ -14,13 +14,11 @@ from server.dependencies import get_runtime
 from server.errors import ApiError
 from server.generation import Generation, TextDelta
 from server.record import MAX_PROMPT_CHARS, ChatRecord, RequestRecord, record_of
-from server.responses import json_response
+from server.responses import CLIENT_CLOSED, json_response
 from server.runtime import LoadedModel, Runtime
 from server.schemas.chat import AssistantMessage, ChatCompletion, ChatRequest, Choice
 from server.schemas.errors import ErrorResponse
 from server.streaming import ChatStream, ChunkEncoder, chat_events
-
-CLIENT_CLOSED = 499  # nobody reads it; the access log does
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 431, 500, 503)

@@ -90,6 +90,33 @@ def test_what_is_no_http_gets_an_error_like_openai_s(strict, rubbish):
     assert_error(body, "invalid_http")
 
 
+def test_refusals_before_a_request_are_counted(strict):
+    with connect(strict) as connection:
+        connection.sendall(b"GET\r\n\r\n")
+        read_all(connection)
+        before = strict.metric("medusa_errors_total", code="invalid_http")
+        responses = strict.metric("medusa_http_responses_total", route="none", status="400")
+    with connect(strict) as connection:
+        connection.sendall(b"GET\r\n\r\n")
+        read_all(connection)
+    assert strict.metric("medusa_errors_total", code="invalid_http") == before + 1
+    assert strict.metric("medusa_http_responses_total", route="none", status="400") == responses + 1
+
+
+def test_a_client_that_leaves_inside_its_body_is_told_no_error(strict, wait_until):
+    route = "/v1/chat/completions"
+
+    def count(status):
+        labels = {"model": strict.model, "route": route, "status": status}
+        return strict.runtime.metrics.registry.get_sample_value("medusa_http_responses_total", labels) or 0.0
+
+    before = count("499"), count("400")
+    with connect(strict) as connection:
+        connection.sendall(head("POST", route, "Content-Length: 100") + b"{")
+    wait_until(lambda: count("499") == before[0] + 1)
+    assert count("400") == before[1]
+
+
 @pytest.mark.parametrize("start", [b"", b"GET /health HTTP/1.1\r\nX-Slow: "], ids=["nothing", "half"])
 def test_headers_that_never_come_end_the_connection(strict, start):
     with connect(strict) as connection:

@@ -285,3 +285,8 @@ def test_a_short_key_and_an_open_server_are_warned_of(caplog):
         assert caplog.text == ""
         load_keys(load_settings({"host": "0.0.0.0"}))
         assert "anybody who reaches 0.0.0.0" in caplog.text
+
+
+def test_a_key_file_without_end_is_refused():
+    with pytest.raises(ConfigError, match="is it the right file"):
+        load_keys(load_settings({"api_keys_file": "/dev/zero"}))
