@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Generator, Iterator
 from types import FrameType
@@ -50,6 +51,14 @@ class DrainingServer(uvicorn.Server):
             self._runtime.start_drain()
         has_ended = self._runtime.is_drained or self._runtime.start_error is not None
         return await super().on_tick(counter) or has_ended
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        if self.force_exit:
+            # uvicorn leaves the lifespan's end out. Cancelled with the loop it would wait for busy workers, and
+            # log a traceback.
+            self._runtime.pool.kill()
+            await self.lifespan.shutdown()
 
 
 @contextlib.contextmanager

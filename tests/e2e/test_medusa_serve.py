@@ -118,6 +118,7 @@ def test_second_signal_ends_at_once(start_medusa, model_flags):
         output, _ = process.communicate(timeout=10)
         assert process.returncode == 1
         assert "ended at once" in output
+        assert "Traceback" not in output
         with pytest.raises(httpx.RemoteProtocolError):
             list(lines)
 
