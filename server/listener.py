@@ -44,19 +44,21 @@ class DrainingServer(uvicorn.Server):
         # own list of captured signals stays empty, so that a finished drain exits with 0, not by the signal.
         self._num_signals += 1
         if self._num_signals > 1:
-            self.should_exit = self.force_exit = True
+            self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         if self._num_signals:
             self._runtime.start_drain()
-        has_ended = self._runtime.is_drained or self._runtime.start_error is not None
+        has_ended = self._runtime.is_drained or self._runtime.start_error is not None or self.force_exit
         return await super().on_tick(counter) or has_ended
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self.force_exit:
+            self._runtime.end_requests()
         await super().shutdown(sockets)
         if self.force_exit:
-            # uvicorn leaves the lifespan's end out. Cancelled with the loop it would wait for busy workers, and
-            # log a traceback.
+            # uvicorn leaves the lifespan's end out. Cancelled with the loop it would wait for busy workers
+            # and log a traceback.
             self._runtime.pool.kill()
             await self.lifespan.shutdown()
 
@@ -110,4 +112,4 @@ def serve(settings: Settings) -> None:
     if runtime.start_error is not None:
         raise runtime.start_error
     if server.force_exit:
-        raise MedusaError("ended at once by a second signal; requests were cut off")
+        raise MedusaError("ended at once by a second signal; requests ended with an error")

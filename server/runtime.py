@@ -107,7 +107,7 @@ class Runtime:
     def require_model(self) -> LoadedModel:
         """The model; raises a 503 `ApiError` while it loads and when the server is going down."""
         if self.is_draining:
-            raise errors.unavailable("The server is shutting down.", "shutting_down")
+            raise _shutting_down()
         if self.model is None:
             raise errors.unavailable("The model is loading.", "model_loading")
         return self.model
@@ -118,10 +118,14 @@ class Runtime:
             self.is_draining = True
             self._spawn(self._drain())
 
+    def end_requests(self) -> None:
+        """End what was accepted, waiting and running, with an error."""
+        self.scheduler.fail_all(_shutting_down())
+
     async def stop(self) -> None:
         """End whatever is left: requests with an error, workers politely."""
         self.is_draining = True
-        self.scheduler.fail_all(errors.unavailable("The server is shutting down.", "shutting_down"))
+        self.end_requests()
         for task in self._tasks:
             task.cancel()
         await self.pool.stop()
@@ -177,5 +181,9 @@ class Runtime:
             await asyncio.wait_for(self.scheduler.wait_idle(), timeout)
         except TimeoutError:
             logger.warning("requests are left after %g s and end with an error", timeout)
-            self.scheduler.fail_all(errors.unavailable("The server is shutting down.", "shutting_down"))
+            self.end_requests()
         self.is_drained = True
+
+
+def _shutting_down() -> errors.ApiError:
+    return errors.unavailable("The server is shutting down.", "shutting_down")

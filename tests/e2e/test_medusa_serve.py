@@ -119,8 +119,9 @@ def test_second_signal_ends_at_once(start_medusa, model_flags):
         assert process.returncode == 1
         assert "ended at once" in output
         assert "Traceback" not in output
-        with pytest.raises(httpx.RemoteProtocolError):
-            list(lines)
+        *_, error, done = [line for line in lines if line.startswith("data: ")]
+        assert '"code":"shutting_down"' in error
+        assert done == "data: [DONE]"
 
 
 @pytest.mark.slow
