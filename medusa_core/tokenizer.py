@@ -209,7 +209,7 @@ def _check_template_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
 def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:
     """The tokenizer's end-of-sequence id and those of the model's (generation) configuration."""
     declared = config.get("eos_token_id")
-    ids = {tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared])}
+    ids = (tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared]))
     return frozenset(i for i in ids if isinstance(i, int))
 
 

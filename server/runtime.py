@@ -151,6 +151,11 @@ class Runtime:
         except MedusaError as error:
             self.start_error = error
             return
+        except Exception as error:  # a library's own, about files it cannot make sense of
+            logger.debug("the tokenizer could not be loaded", exc_info=True)
+            what = f"the tokenizer of {self.settings.model}"
+            self.start_error = MedusaError(f"cannot load {what}: {type(error).__name__}: {error}")
+            return
         self.model = LoadedModel(
             chat=chat,
             info=served.info,

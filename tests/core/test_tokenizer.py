@@ -293,6 +293,8 @@ def test_eos_comes_from_the_model_config_without_a_generation_config(tiny_model_
     (path / "generation_config.json").unlink()
     write_json(path / "config.json", eos_token_id=7)
     assert load_chat_tokenizer(path).eos_token_ids == {4, 7}
+    write_json(path / "config.json", eos_token_id=[[7]])  # what is no id is none, not a crash
+    assert load_chat_tokenizer(path).eos_token_ids == {4}
 
 
 def test_broken_files_are_named(tiny_model_dir, copy_of, tmp_path):

@@ -212,6 +212,15 @@ def test_requests_end_though_the_hung_worker_does_not(start_server, wait_until, 
         server.stop()
 
 
+def test_no_failure_of_the_start_leaves_a_server_that_never_gets_ready(start_server, monkeypatch):
+    def fail(*args):
+        raise KeyError("added_tokens")
+
+    monkeypatch.setattr("server.runtime.load_chat_tokenizer", fail)
+    with pytest.raises(AssertionError, match="cannot load the tokenizer of .*KeyError"):
+        start_server()
+
+
 def test_worker_leaves_when_the_server_is_killed(endless_model_dir, start_medusa, wait_until):
     process, _ = start_medusa("--model", str(endless_model_dir), "--dtype", "float32", "--measure", "false")
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
