@@ -119,7 +119,7 @@ class ChatStream(EventSourceResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
-        except SendTimeoutError:
+        except* SendTimeoutError:  # of a frame, a keep-alive comment, or both at once
             logger.warning("a client left its stream unread and is cut off")
         finally:
             self._on_close()
