@@ -28,7 +28,7 @@ def test_a_frame_and_a_keep_alive_that_time_out_together(caplog):
             await wait_for_ever()
 
     stream = ChatStream(frames(), on_close=lambda: closed.append(1), keepalive=0.05, send_timeout=0.3)
-    asyncio.run(asyncio.wait_for(stream({"type": "http"}, wait_for_ever, send), 20))
+    asyncio.run(asyncio.wait_for(stream({"type": "http", "method": "POST"}, wait_for_ever, send), 20))
     assert len(stuck) == 2
     assert closed == [1]
     assert caplog.text.count("a client left its stream unread") == 1
