@@ -37,7 +37,7 @@ def main(
     clients: Annotated[int, typer.Option(min=2, help="In each wave.")] = 200,
     queue_limit: Annotated[int, typer.Option(min=1)] = 32,
     slots: Annotated[int, typer.Option(min=1)] = 1,
-    waves: Annotated[int, typer.Option(min=1, help="After the first, overlapping.")] = 3,
+    waves: Annotated[int, typer.Option(min=0, help="After the first, overlapping.")] = 3,
     max_tokens: Annotated[int, typer.Option(min=2)] = 64,
     seed: int = 1,
     json_file: Annotated[Path | None, typer.Option("--json")] = None,

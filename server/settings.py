@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -139,7 +139,8 @@ class Settings(BaseSettings):
         if endpoint is None:
             return None
         parts = urlsplit(endpoint)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        is_web = parts.scheme in ("http", "https") and bool(parts.hostname) and _has_sound_port(parts)
+        if not is_web or parts.query or parts.fragment:
             raise ValueError("must be a URL such as http://127.0.0.1:4318")
         return endpoint
 
@@ -221,7 +222,15 @@ def split_list(text: str) -> tuple[str, ...]:
 def _is_origin(text: str) -> bool:
     parts = urlsplit(text)
     # Browsers send it in lower case, without a path; Starlette compares text.
-    return bool(parts.hostname) and text == f"{parts.scheme}://{parts.netloc.lower()}" and "@" not in text
+    is_bare = text == f"{parts.scheme}://{parts.netloc.lower()}" and "@" not in text
+    return bool(parts.hostname) and is_bare and _has_sound_port(parts)
+
+
+def _has_sound_port(parts: SplitResult) -> bool:
+    try:
+        return parts.port != 0
+    except ValueError:  # no number, or none of a port
+        return False
 
 
 def _explain(location: tuple[int | str, ...], message: str, flags: Mapping[str, Any]) -> str:

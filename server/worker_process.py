@@ -33,6 +33,7 @@ from server.worker import WorkerConfig, worker_main
 logger = logging.getLogger(__name__)
 
 MAX_EVENTS_AT_ONCE = 64  # then other callbacks of the event loop have their turn
+REAP_SECONDS = 0.02  # between looks whether a process that closes down is gone
 STOP_SECONDS = 5.0  # a worker told to leave is killed after this
 
 _context = multiprocessing.get_context("spawn")
@@ -177,8 +178,16 @@ class WorkerProcess:
         self._loop.remove_reader(self._events.fileno())
         self._events.close()
         self._outgoing.put(None)
-        self._process.join()
+        self._reap()
+
+    def _reap(self) -> None:
+        # The sentinel tells that its files are closed. A driver may take a while longer to give up a GPU's
+        # memory, which the other workers' streams must not wait for.
+        self._process.join(0)
         self._exit_code = self._process.exitcode
+        if self._exit_code is None:
+            self._loop.call_later(REAP_SECONDS, self._reap)
+            return
         # Two descriptors, which would stay open as long as an ended job remembers this worker.
         self._process.close()
         self._exited.set()

@@ -65,6 +65,8 @@ def test_empty_variables_are_unset(monkeypatch):
         ("log_prompts", "maybe"),
         ("otlp_endpoint", "collector:4318"),
         ("otlp_endpoint", "http://"),
+        ("otlp_endpoint", "http://h:99999"),
+        ("cors_origins", "https://a:b"),
     ],
 )
 def test_bad_values_name_variable_flag_and_value(monkeypatch, name, value):
