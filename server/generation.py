@@ -73,12 +73,13 @@ class Generation:
     def usage(self) -> Usage:
         """Counts so far; tokens behind a stop string are not counted."""
         job = self.job
-        length = job.decode_tokens / job.decode_steps if job.decode_steps else None
+        steps = job.timeline.decode_steps
+        length = job.timeline.decode_tokens / steps if steps else None
         return Usage(
             prompt_tokens=len(job.prompt_ids),
             completion_tokens=self._num_tokens,
             total_tokens=len(job.prompt_ids) + self._num_tokens,
-            speculation=SpeculationUsage(steps=job.decode_steps, acceptance_length=length),
+            speculation=SpeculationUsage(steps=steps, acceptance_length=length),
         )
 
     async def _next(self) -> TextDelta:

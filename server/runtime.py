@@ -20,6 +20,7 @@ from server.prompts import PromptBuilder
 from server.replica import PoolPolicy
 from server.scheduler import Scheduler
 from server.settings import Settings
+from server.timeline import MAX_MARKS
 from server.tracing import build_tracing
 from server.worker import WorkerConfig
 from server.worker_pool import WorkerPool
@@ -45,10 +46,13 @@ class Runtime:
         self.model_name = settings.model_name  # once: it depends on what lies on disk
         self.created = int(time.time())
         self.metrics = ServerMetrics(self.model_name)
-        self.scheduler = Scheduler(
-            queue_limit=settings.queue_limit, request_timeout=settings.request_timeout, metrics=self.metrics
-        )
         self.tracing = build_tracing(settings, self.model_name)
+        self.scheduler = Scheduler(
+            queue_limit=settings.queue_limit,
+            request_timeout=settings.request_timeout,
+            metrics=self.metrics,
+            max_marks=0 if self.tracing is None else MAX_MARKS,
+        )
         self.model: LoadedModel | None = None
         self.start_error: MedusaError | None = None
         self.is_draining = False

@@ -6,7 +6,6 @@ they survive the loss of a worker, and cancelling one costs nothing.
 
 import asyncio
 import logging
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from server import errors
 from server.errors import ApiError
 from server.log import COMPLETION_ID, REQUEST_ID
 from server.mailbox import End, Failed, Finished, Mailbox
-from server.metrics import ServerMetrics, acceptance_length
+from server.metrics import ServerMetrics
 from server.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -52,24 +51,17 @@ class JobState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """One accepted request. Times are of the monotonic clock; the scheduler alone changes a job."""
+    """One accepted request; the scheduler alone changes it."""
 
     request_id: str
     prompt_ids: list[int]
     params: SamplingParams
-    arrived: float
+    timeline: Timeline
     client_id: str = ""  # `x-request-id`, for the log
     mailbox: Mailbox = field(default_factory=lambda: Mailbox(CHUNK_INTERVAL))
     state: JobState = JobState.WAITING
     worker: WorkerPort | None = None
     timer: asyncio.TimerHandle | None = None
-    has_tokens: bool = False
-    decode_steps: int = 0
-    decode_tokens: int = 0
-    timeline: Timeline = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.timeline = Timeline(self.arrived)
 
     @property
     def log_ids(self) -> dict[str, str]:
@@ -80,8 +72,12 @@ class Job:
 class Scheduler:
     """Owns every accepted request from admission to its end."""
 
-    def __init__(self, *, queue_limit: int, request_timeout: float, metrics: ServerMetrics) -> None:
+    def __init__(
+        self, *, queue_limit: int, request_timeout: float, metrics: ServerMetrics, max_marks: int = 0
+    ) -> None:
+        """`max_marks`: how many steps of a request its timeline remembers one by one."""
         self._queue_limit = queue_limit
+        self._max_marks = max_marks
         self._request_timeout = request_timeout
         self._metrics = metrics
         self._waiting: dict[str, Job] = {}
@@ -129,7 +125,8 @@ class Scheduler:
     ) -> Job:
         """Accept a request, which gets exactly one end in its mailbox. Raises like `check_room`."""
         self.check_room()
-        job = Job(request_id, prompt_ids, params, arrived=time.monotonic(), client_id=client_id)
+        timeline = Timeline(max_marks=self._max_marks)
+        job = Job(request_id, prompt_ids, params, timeline, client_id)
         job.timer = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, job)
         self._waiting[request_id] = job
         self._idle.clear()
@@ -161,13 +158,14 @@ class Scheduler:
 
     def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
         """Tokens of a step. What a request that has ended still gets is dropped."""
-        num_tokens = len(output.token_ids)
         if output.stats is not None:
-            self._metrics.observe_step(output.stats, num_tokens)
+            self._metrics.observe_step(output.stats, len(output.token_ids))
         job = self._running.get(output.request_id)
         if job is None or job.worker is not worker:
             return
-        self._count(job, output, num_tokens)
+        first_token_seconds = job.timeline.step(output)
+        if first_token_seconds is not None:
+            self._metrics.time_to_first_token.observe(first_token_seconds)
         job.mailbox.put(output.token_ids)
         match output.finish_reason:
             case None:
@@ -206,8 +204,7 @@ class Scheduler:
             job = self._waiting.pop(next(iter(self._waiting)))
             job.state, job.worker = JobState.RUNNING, worker
             self._running[job.request_id] = job
-            self._metrics.queue_wait.observe(time.monotonic() - job.arrived)
-            job.timeline.dispatch()
+            self._metrics.queue_wait.observe(job.timeline.dispatch())
             worker.submit(job.request_id, job.prompt_ids, job.params, job.client_id)
 
     def _expire(self, job: Job) -> None:
@@ -232,8 +229,7 @@ class Scheduler:
             del self._waiting[job.request_id]
         job.mailbox.close(end)
         reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
-        job.timeline.end(reason)
-        self._metrics.observe_end(reason, time.monotonic() - job.arrived)
+        self._metrics.observe_end(reason, job.timeline.end(reason))
         if not self._waiting and not self._running:
             self._idle.set()
         self._dispatch()
@@ -243,15 +239,6 @@ class Scheduler:
             return errors.generation_failed()
         self._metrics.out_of_memory.inc()
         return errors.out_of_memory()
-
-    def _count(self, job: Job, output: StepOutput, num_tokens: int) -> None:
-        job.timeline.step(output)
-        if num_tokens and not job.has_tokens:
-            job.has_tokens = True
-            self._metrics.time_to_first_token.observe(time.monotonic() - job.arrived)
-        if output.stats is not None and not output.stats.is_prefill:
-            job.decode_steps += 1
-            job.decode_tokens += acceptance_length(output.stats)
 
 
 def _no_worker() -> ApiError:

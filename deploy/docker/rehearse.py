@@ -133,7 +133,7 @@ def note(instruction: Instruction, built: Built) -> None:
         case "LABEL" | "VOLUME" | "EXPOSE" | "STOPSIGNAL":
             pass  # nothing to carry out
         case word:
-            raise NotImplementedError(f"{word} cannot be rehearsed")
+            raise SystemExit(f"the Dockerfile has a {word}, which this script does not know how to rehearse")
 
 
 def run_in(built: Built, command: list[str]) -> None:

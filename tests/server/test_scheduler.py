@@ -185,7 +185,7 @@ def test_steps_are_counted_for_usage_and_metrics(bench):
         scheduler.worker_output(worker, StepOutput(request_id="a", token_ids=(2, 3, 4), stats=decode))
         # The end of sequence was the third of the run: two tokens, but the step decided three.
         bench.finish(scheduler, worker, "a", 5, 6, stats=decode)
-        assert (job.decode_steps, job.decode_tokens) == (2, 6)
+        assert (job.timeline.decode_steps, job.timeline.decode_tokens) == (2, 6)
         assert await job.mailbox.take() == ([1, 2, 3, 4, 5, 6], Finished(FinishReason.STOP))
 
     bench.run(scenario)
