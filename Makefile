@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) $(TORCH)
 	$(PIP) --editable '.[train,dev,plot,ray]'
 	@$(RUN) pip check
-	@$(VENV)/bin/python -c 'import fastapi, torch, transformers, medusa_core.engine, server'
+	@$(VENV)/bin/python -c 'import fastapi, torch, transformers, medusa_core.engine.engine, server'
 	@touch $(STAMP)
 
 # Never fails: tests whose program could not be had are skipped with the reason.

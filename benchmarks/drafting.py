@@ -14,9 +14,9 @@ import typer
 
 from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
-from medusa_core.request import SamplingParams
+from medusa_core.engine.engine import Engine
+from medusa_core.sampling_params import SamplingParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
 TEMPERATURES = (0.3, 0.7, 1.0)
 
@@ -28,7 +28,7 @@ def acceptance_length(
     tokens = steps = 0
     for seed, prompt in enumerate(prompts):
         params = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-        for output in engine.generate(prompt.messages, params):
+        for output in engine.steps(prompt.messages, params):
             if output.stats and not output.stats.is_prefill:
                 tokens += len(output.token_ids) + (output.stop_token_id is not None)
                 steps += 1

@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from medusa_core.benchmark.bench import machine_facts
 from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.loading import load_parts
-from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
-from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.engine.engine import Engine
+from medusa_core.loading.loader import load_parts
+from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
 
 SAMPLING = {"greedy": (0.0, 1.0), "T=0.8 top_p=0.95": (0.8, 0.95), "T=1.0": (1.0, 1.0)}
 SETS = ("medusa-1", "hydra", "hydra++")

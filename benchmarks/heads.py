@@ -32,14 +32,14 @@ from rich.table import Table
 from medusa_core.benchmark import report
 from medusa_core.benchmark.bench import fitting_prompts, machine_facts
 from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
+from medusa_core.benchmark.inflate import inflate_model
 from medusa_core.benchmark.inflated import SHAPES, inflate_heads
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.inflate import inflate_model
-from medusa_core.loading import load_parts, resolve_device, resolve_dtype
-from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
-from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.engine.engine import Engine
+from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
+from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
 SAMPLINGS = {
     "greedy": (0.0, SpeculationMode.EXACT),

@@ -25,9 +25,9 @@ import typer
 from medusa_core.benchmark.bench import engine_facts, fitting_prompts, machine_facts
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
-from medusa_core.request import SamplingParams
+from medusa_core.engine.engine import Engine
+from medusa_core.sampling_params import SamplingParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
 START_SECONDS = 180.0
 STOP_SECONDS = 20.0

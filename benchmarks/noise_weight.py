@@ -12,13 +12,13 @@ from typing import Annotated
 
 import torch
 import typer
+from medusa_core.decoding import drafting
 
 from medusa_core.calibration.collect import answer_prompts, observe
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.decoding import drafting
-from medusa_core.engine import Engine
-from medusa_core.prompts import DEFAULT_PROMPTS, load_prompts
-from medusa_core.request import SamplingParams
+from medusa_core.engine.engine import Engine
+from medusa_core.sampling_params import SamplingParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
 
 WEIGHTS = (0.0, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 

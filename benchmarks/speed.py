@@ -21,9 +21,9 @@ from medusa_core.benchmark.compare import Variant, interleave
 from medusa_core.benchmark.inflated import SHAPES, inflated_engine
 from medusa_core.benchmark.runs import engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
-from medusa_core.request import SpeculationParams
+from medusa_core.engine.engine import Engine
+from medusa_core.sampling_params import SpeculationParams
+from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
 DTYPES = ("float32", "bfloat16")
 

@@ -14,16 +14,16 @@ from starlette.responses import Response
 import medusa_core
 from medusa_core.errors import ConfigError
 from server import errors
-from server.auth import RequireKey, load_keys
 from server.errors import ApiError
-from server.limits import BodyRefused, RequestLimits, handle_body_refused
-from server.middleware import RequestContext, ShapeCrashes
-from server.operations import serve_operations
-from server.responses import CLIENT_CLOSED, error_response
+from server.http.auth import RequireKey, load_keys
+from server.http.limits import BodyRefused, RequestLimits, handle_body_refused
+from server.http.middleware import RequestContext, ShapeCrashes
+from server.http.operations import serve_operations
+from server.http.sockets import bind
+from server.pipeline.responses import CLIENT_CLOSED, error_response
 from server.routes import chat, health, metrics, models
 from server.runtime import Runtime
 from server.settings import Settings, split_list
-from server.sockets import bind
 
 
 def create_app(settings: Settings) -> FastAPI:

@@ -4,10 +4,10 @@ import logging
 
 import typer
 
-from medusa_core.cli import app, run
+from medusa_core.cli.main import app, run
 from medusa_core.errors import MedusaError
 from server.flags import settings_flags
-from server.log import configure_logging
+from server.observability.logging import configure_logging
 from server.settings import Settings, load_settings, unknown_variables
 
 logger = logging.getLogger(__name__)
@@ -22,7 +22,7 @@ def serve(**flags: str | None) -> None:
     for name in unknown_variables():
         logger.warning("%s is set, but there is no such setting", name)
     # Only here: the other commands should not load a web framework.
-    from server.listener import serve as run_server
+    from server.serve import serve as run_server
 
     try:
         run_server(settings)

@@ -10,20 +10,20 @@ from pathlib import Path
 import msgspec
 
 from medusa_core.errors import MedusaError
-from medusa_core.request import SpeculationMode
-from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+from medusa_core.sampling_params import SpeculationMode
+from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server import errors
-from server.daemon import DaemonExecutor
-from server.messages import ModelInfo
-from server.metrics import ServerMetrics
-from server.prompts import PromptBuilder
-from server.replica import PoolPolicy
-from server.scheduler import Scheduler
+from server.observability.metrics import ServerMetrics
+from server.observability.timeline import MAX_MARKS
+from server.observability.tracing import build_tracing
+from server.pipeline.executor import DaemonExecutor
+from server.pipeline.prompts import PromptBuilder
 from server.settings import Settings
-from server.timeline import MAX_MARKS
-from server.tracing import build_tracing
-from server.worker import WorkerConfig
-from server.worker_pool import WorkerPool
+from server.workers.messages import ModelInfo
+from server.workers.pool import WorkerPool
+from server.workers.scheduler import Scheduler
+from server.workers.supervisor import PoolPolicy
+from server.workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_core.errors import ConfigError
 from server.app import create_app
-from server.log import configure_logging
+from server.observability.logging import configure_logging
 from server.runtime import Runtime
 from server.settings import Settings, load_settings, unknown_variables
 

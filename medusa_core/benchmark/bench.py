@@ -13,10 +13,10 @@ import transformers
 from medusa_core.benchmark import report
 from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
 from medusa_core.benchmark.runs import engine_runner, hf_runner
-from medusa_core.engine import Engine
+from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError, DataError, TokenizerError
-from medusa_core.prompts import Prompt
-from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

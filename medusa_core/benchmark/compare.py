@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from medusa_core.backbone import Backbone
 from medusa_core.benchmark.runs import Run, Runner
-from medusa_core.request import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
-from medusa_core.sampling import gumbel_noise, process_logits
+from medusa_core.engine.sampling import gumbel_noise, process_logits
+from medusa_core.model.backbone import Backbone
+from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
 
 WARMUP_TOKENS = 8
 BASELINE = SpeculationParams(mode=SpeculationMode.OFF)
@@ -92,7 +92,7 @@ def decision_margin(backbone: Backbone, token_ids: Sequence[int], params: Sampli
     scores = logits
     if not params.is_greedy:
         vocabulary = torch.arange(backbone.vocab_size, device=backbone.device)
-        noise = gumbel_noise(params.seed, [len(token_ids)], vocabulary)
+        noise = gumbel_noise(params.known_seed, [len(token_ids)], vocabulary)
         scores = process_logits(logits, params) + params.temperature * noise
         if int(torch.isfinite(scores).sum()) < 2:  # one candidate left: the filter, not the draw, was the tie
             scores = logits
@@ -102,7 +102,7 @@ def decision_margin(backbone: Backbone, token_ids: Sequence[int], params: Sampli
 
 def prompt_params(params: SamplingParams, index: int) -> SamplingParams:
     """The parameters with the prompt's own seed."""
-    return replace(params, seed=(params.seed + index) % (MAX_SEED + 1))
+    return replace(params, seed=(params.known_seed + index) % (MAX_SEED + 1))
 
 
 def _common_length(left: Sequence[int], right: Sequence[int]) -> int:

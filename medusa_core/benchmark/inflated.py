@@ -5,14 +5,7 @@ from pathlib import Path
 
 from transformers import LlamaForCausalLM
 
-from medusa_core.config import EngineConfig
-from medusa_core.engine import Engine
-from medusa_core.errors import ConfigError
-from medusa_core.heads.base import DraftHeads
-from medusa_core.heads.hydra import HydraHeads
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.heads.prefix import PrefixLayer, prefix_config
-from medusa_core.inflate import (
+from medusa_core.benchmark.inflate import (
     InflatedShape,
     RandomFill,
     inflate_head_parameter,
@@ -20,7 +13,14 @@ from medusa_core.inflate import (
     inflate_model,
     inflate_norm,
 )
-from medusa_core.loading import load_parts, resolve_device, resolve_dtype
+from medusa_core.config import EngineConfig
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.hydra import HydraHeads
+from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.draft.prefix import PrefixLayer, prefix_config
+from medusa_core.engine.engine import Engine
+from medusa_core.errors import ConfigError
+from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
 
 SHAPES = {"1b": InflatedShape()}
 

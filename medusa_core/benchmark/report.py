@@ -8,7 +8,8 @@ from rich.table import Table
 
 from medusa_core.benchmark.compare import Identity
 from medusa_core.benchmark.runs import Run
-from medusa_core.request import SpeculationMode, StepStats
+from medusa_core.engine.outputs import StepStats
+from medusa_core.sampling_params import SpeculationMode
 
 PromptRuns = Sequence[Sequence[Run]]  # [prompt][repeat]
 PHASES = ("propose", "verify", "commit")

@@ -9,9 +9,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from medusa_core.engine import Engine
+from medusa_core.engine.engine import Engine
+from medusa_core.engine.outputs import FinishReason, StepStats
 from medusa_core.errors import RequestError
-from medusa_core.request import FinishReason, SamplingParams, StepStats
+from medusa_core.sampling_params import SamplingParams
 
 Runner = Callable[[Sequence[int], SamplingParams], "Run"]
 
@@ -47,7 +48,7 @@ def engine_runner(engine: Engine) -> Runner:
         steps: list[StepStats] = []
         start = time.perf_counter()
         first = last = 0.0
-        for output in engine.generate(prompt_ids, params):
+        for output in engine.steps(prompt_ids, params):
             if output.finish_reason is FinishReason.ERROR:
                 raise RequestError(f"a benchmark request failed: {output.error}")
             tokens.extend(output.token_ids)
@@ -75,7 +76,7 @@ def hf_runner(engine: Engine) -> Runner:
     def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
         input_ids = torch.tensor([list(prompt_ids)], device=engine.backbone.device)
         clock = _Clock()
-        torch.manual_seed(params.seed % 2**63)
+        torch.manual_seed(params.known_seed % 2**63)
         start = time.perf_counter()
         sequences = model.generate(
             input_ids,

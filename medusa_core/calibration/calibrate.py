@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from medusa_core.accuracy import HeadCalibration
 from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
 from medusa_core.calibration.measure import (
     MAX_RANK,
@@ -16,11 +15,12 @@ from medusa_core.calibration.measure import (
     dynamic_meters,
     static_meters,
 )
-from medusa_core.engine import Engine
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.engine.engine import Engine
+from medusa_core.engine.step_times import TREE_SIZES, fastest_size
 from medusa_core.errors import ConfigError, DataError
-from medusa_core.prompts import Prompt
-from medusa_core.request import SamplingParams, SpeculationMode, SpeculationParams
-from medusa_core.step_times import TREE_SIZES, fastest_size
+from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.prompts import Prompt
 
 Progress = Callable[[str], None]
 GREEDY = 0.0

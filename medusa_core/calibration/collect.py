@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medusa_core.decoding.drafting import couple
-from medusa_core.decoding.step import prefill_chunk
-from medusa_core.engine import Engine
+from medusa_core.draft.dynamic import couple
+from medusa_core.draft.heads import DraftHeads, ParallelHeads, SequentialHeads
+from medusa_core.engine.engine import Engine
+from medusa_core.engine.outputs import FinishReason
+from medusa_core.engine.sampling import gumbel_noise
+from medusa_core.engine.step import prefill_chunk
 from medusa_core.errors import CapacityError, DataError, RequestError
-from medusa_core.heads.base import DraftHeads, ParallelHeads, SequentialHeads
-from medusa_core.request import FinishReason, SamplingParams
-from medusa_core.sampling import gumbel_noise
+from medusa_core.sampling_params import SamplingParams
 
 Messages = Sequence[Mapping[str, str]]
 CHUNK_POSITIONS = 256  # positions whose K x V scores exist at once
@@ -51,10 +52,10 @@ class Observed:
 def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: SamplingParams) -> Iterator[Answer]:
     """Let the model answer each prompt; those too long for the context are left out."""
     for seed, messages in enumerate(prompts):
-        seeded = replace(params, seed=params.seed + seed)
+        seeded = replace(params, seed=params.known_seed + seed)
         try:
             prompt_ids = engine.chat.render(messages)
-            outputs = list(engine.generate(prompt_ids, seeded))
+            outputs = list(engine.steps(prompt_ids, seeded))
         except CapacityError:
             raise  # the engine is busy with something else
         except RequestError:
@@ -114,7 +115,7 @@ def _coupled(
         return logits_NKV.float()
     count, num_heads = logits_NKV.shape[:2]
     token_ids = torch.arange(vocab_size, device=logits_NKV.device)
-    noise = gumbel_noise(params.seed, range(start + 2, start + 1 + count + num_heads), token_ids)
+    noise = gumbel_noise(params.known_seed, range(start + 2, start + 1 + count + num_heads), token_ids)
     rows = [
         couple(row[None], params.temperature, noise[place : place + num_heads], heads.token_map)[0]
         for place, row in enumerate(logits_NKV)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medusa_core.acceptance import longest_path
 from medusa_core.calibration.collect import Observed
-from medusa_core.decoding.speculator import Speculator, dynamic_drafter, make_speculator, static_drafter
-from medusa_core.heads.base import DraftHeads
-from medusa_core.tree import grow_tree
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.source import Speculator, dynamic_drafter, make_speculator, static_drafter
+from medusa_core.draft.tree import grow_tree
+from medusa_core.engine.acceptance import longest_path
 
 MAX_RANK = 64
 POSITIONS_AT_ONCE = 32  # a large tree of heads that see the path has as many rows of V scores for each

@@ -9,10 +9,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_core.accuracy import HeadCalibration, wilson_interval
+from medusa_core.draft.accuracy import HeadCalibration, wilson_interval
+from medusa_core.draft.tree import Tree, grow_tree
+from medusa_core.engine.step_times import TREE_SIZES, expected_tokens
 from medusa_core.errors import ConfigError, DataError
-from medusa_core.step_times import TREE_SIZES, expected_tokens
-from medusa_core.tree import Tree, grow_tree
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

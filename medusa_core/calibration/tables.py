@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_core.accuracy import HeadCalibration
 from medusa_core.checkpoints.weight_files import UNPICKLING_FAILURES
+from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.errors import DataError
 
 RUN_COLUMN = re.compile(r"(?:^|/)medusa(\d+)_top(\d+)$")

@@ -10,7 +10,6 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig
 
-from medusa_core.backbone import LOADING_FAILURES
 from medusa_core.checkpoints.formats import HEAD_PREFIX, TOKEN_MAP, VLLM, HeadLayout
 from medusa_core.checkpoints.head_files import HeadFile, fetch_beside, read_heads
 from medusa_core.checkpoints.reading import parse_weights, with_backbone_output
@@ -18,6 +17,7 @@ from medusa_core.checkpoints.weight_files import Repository, model_keys, read_te
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, MedusaWeights
 from medusa_core.checkpoints.writing import write_files, write_weights
 from medusa_core.errors import CheckpointError
+from medusa_core.model.backbone import LOADING_FAILURES
 
 VLLM_FILE = "model.safetensors"
 VLLM_DEFAULTS = {"max_paths": 64, "topk": 10}

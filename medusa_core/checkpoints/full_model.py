@@ -7,7 +7,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_core.checkpoints.formats import HEAD_PREFIX
 from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
 from medusa_core.checkpoints.writing import medusa_tensors, medusa_weights, write_json
-from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.draft.medusa import MedusaHeads
 
 DEFAULT_SHARD_SIZE = "5GB"
 

@@ -18,12 +18,12 @@ from medusa_core.checkpoints.formats import (
 )
 from medusa_core.checkpoints.head_files import HeadFile, read_heads
 from medusa_core.checkpoints.hydra_format import PREFIX, parse_hydra
-from medusa_core.checkpoints.quantised import dequantise
+from medusa_core.checkpoints.quantized import dequantise
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights, check_shape
+from medusa_core.draft.hydra import HydraHeads, HydraShape
+from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.errors import CheckpointError
-from medusa_core.heads.hydra import HydraHeads, HydraShape
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.heads.prefix import PrefixLayer, prefix_config
 
 CLAIMED_HEADS = ("medusa_num_heads", "hydra_num_heads", "num_medusa_heads")
 

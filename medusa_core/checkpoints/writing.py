@@ -23,8 +23,8 @@ from medusa_core.checkpoints.hydra_format import (
     written_layout,
 )
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights
-from medusa_core.heads.hydra import HydraHeads
-from medusa_core.heads.medusa import MedusaHeads
+from medusa_core.draft.hydra import HydraHeads
+from medusa_core.draft.medusa import MedusaHeads
 
 HEADS_FILE, HYDRA_FILE = "medusa_lm_head.safetensors", "hydra_lm_head.safetensors"
 SHARED_OUTPUT_VERSION = "2"  # how TGI marks format B

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.checkpoints import load_heads
+from medusa_core.draft.hydra import HydraHeads, HydraShape
+from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.errors import ConfigError
-from medusa_core.heads.hydra import HydraHeads, HydraShape
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.heads.prefix import PrefixLayer, prefix_config
-from medusa_core.loading import heads_source, resolve_dtype
+from medusa_core.loading.loader import heads_source, resolve_dtype
+from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example

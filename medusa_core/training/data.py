@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from medusa_core.errors import DataError
-from medusa_core.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
+from medusa_core.text.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
 from medusa_core.training.rows import Messages, read_dialogue, read_rows
 
 NO_TARGET = -100  # transformers counts other labels to average the loss over accumulated batches

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_core.heads.base import TrainingBatch
+from medusa_core.draft.heads import TrainingBatch
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.data import NO_TARGET, Example
 from medusa_core.training.joint import JointTrainer, next_tokens

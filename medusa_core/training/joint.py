@@ -13,8 +13,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from medusa_core.backbone import Backbone
-from medusa_core.heads.base import TrainableHeads, TrainingBatch
+from medusa_core.draft.heads import TrainableHeads, TrainingBatch
+from medusa_core.model.backbone import Backbone
 from medusa_core.training.config import LossKind
 from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import TeacherTargets, head_losses, teacher_entropy

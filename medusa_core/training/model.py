@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.backbone import Backbone
+from medusa_core.draft.heads import TrainableHeads, TrainingBatch
+from medusa_core.draft.medusa import output_rows
 from medusa_core.errors import ConfigError
-from medusa_core.heads.base import TrainableHeads, TrainingBatch
-from medusa_core.heads.medusa import output_rows
+from medusa_core.model.backbone import Backbone
 from medusa_core.training.config import LossKind
 from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import Targets, TeacherTargets, find_targets, head_losses

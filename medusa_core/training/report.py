@@ -3,13 +3,13 @@
 import json
 from dataclasses import asdict, dataclass
 
-from medusa_core.accuracy import FILE_NAME as CALIBRATION_FILE
-from medusa_core.backbone import quiet_transformers
 from medusa_core.checkpoints import save_full_model, save_heads
 from medusa_core.checkpoints.head_files import HEAD_FILES, HYDRA_FILES
-from medusa_core.heads.hydra import HydraHeads
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.tokenizer import ChatTokenizer
+from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
+from medusa_core.draft.hydra import HydraHeads
+from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.model.backbone import quiet_transformers
+from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.adapters import ADAPTER_FOLDER, Tuned
 from medusa_core.training.arguments import as_json
 from medusa_core.training.building import training_dtype

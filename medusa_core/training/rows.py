@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from medusa_core.errors import DataError
-from medusa_core.tokenizer import HUB_NAME
+from medusa_core.text.tokenizer import HUB_NAME
 
 SHAREGPT_ROLES = {
     "human": "user",

@@ -15,9 +15,9 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PrinterCallback, ProgressCallback, set_seed
 
+from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import DataError
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
 from medusa_core.training.arguments import HeadTrainingArguments, prepare_checkpoints, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset

@@ -10,15 +10,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server import errors
-from server.dependencies import get_runtime
 from server.errors import ApiError
-from server.generation import Generation, TextDelta
-from server.record import MAX_PROMPT_CHARS, ChatRecord, RequestRecord, record_of
-from server.responses import CLIENT_CLOSED, json_response
+from server.observability.request_context import MAX_PROMPT_CHARS, ChatRecord, RequestRecord, record_of
+from server.pipeline.generation import Generation, TextDelta
+from server.pipeline.responses import CLIENT_CLOSED, json_response
+from server.pipeline.streaming import ChatStream, ChunkEncoder, chat_events
+from server.routes.dependencies import get_runtime
 from server.runtime import LoadedModel, Runtime
 from server.schemas.chat import AssistantMessage, ChatCompletion, ChatRequest, Choice
 from server.schemas.errors import ErrorResponse
-from server.streaming import ChatStream, ChunkEncoder, chat_events
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 408, 413, 429, 431, 500, 503)

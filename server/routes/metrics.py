@@ -6,7 +6,7 @@ from fastapi import APIRouter, Depends
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from server.dependencies import get_runtime
+from server.routes.dependencies import get_runtime
 from server.runtime import Runtime
 
 router = APIRouter(tags=["operation"])

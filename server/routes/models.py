@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from server import errors
-from server.dependencies import get_runtime
-from server.responses import json_response
+from server.pipeline.responses import json_response
+from server.routes.dependencies import get_runtime
 from server.runtime import Runtime
 from server.schemas.errors import ErrorResponse
 from server.schemas.models import Model, ModelList

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, Wi
 from pydantic_core import PydanticCustomError
 
 from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
-from medusa_core.request import MAX_SEED
+from medusa_core.sampling_params import MAX_SEED
 from server.schemas.neutral import Neutral
 
 MAX_MESSAGES = 2048

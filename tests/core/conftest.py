@@ -10,17 +10,19 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from medusa_core.accuracy import HeadCalibration
-from medusa_core.backbone import Backbone, load_backbone
 from medusa_core.config import EngineConfig
-from medusa_core.decoding.step import prefill_chunk
-from medusa_core.engine import Engine
-from medusa_core.heads.base import DraftHeads, TrainingBatch
-from medusa_core.heads.hydra import HydraHeads, HydraShape
-from medusa_core.heads.medusa import MedusaHeads
-from medusa_core.heads.prefix import PrefixLayer, prefix_config
-from medusa_core.request import FinishReason, SamplingParams, SpeculationMode, SpeculationParams
-from medusa_core.tokenizer import ChatTokenizer, load_chat_tokenizer
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.heads import DraftHeads, TrainingBatch
+from medusa_core.draft.hydra import HydraHeads, HydraShape
+from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.draft.prefix import PrefixLayer, prefix_config
+from medusa_core.engine.engine import Engine
+from medusa_core.engine.outputs import FinishReason
+from medusa_core.engine.step import prefill_chunk
+from medusa_core.model.backbone import Backbone, load_backbone
+from medusa_core.request import Request
+from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 NUM_HEADS = 4
 AnyHeads = TypeVar("AnyHeads", MedusaHeads, HydraHeads)
@@ -38,10 +40,14 @@ class Decoded:
 
 
 def decode(engine: Engine, prompt_ids: list[int], params: SamplingParams) -> Decoded:
-    outputs = list(engine.generate(prompt_ids, params))
+    outputs = list(engine.steps(prompt_ids, params))
     runs = [output.token_ids for output in outputs]
     last = outputs[-1]
     return Decoded([t for run in runs for t in run], runs, last.finish_reason, last.stop_token_id)
+
+
+def add(engine: Engine, request_id: str, prompt_ids: list[int], params: SamplingParams) -> None:
+    engine.add(Request(request_id=request_id, prompt_ids=prompt_ids, params=params))
 
 
 def speculate(mode: str = "exact", tree: str = "dynamic", **rest: float) -> SpeculationParams:

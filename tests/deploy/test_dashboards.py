@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from server.metrics import ServerMetrics
+from server.observability.metrics import ServerMetrics
 
 ROOT = Path(__file__).parents[2]
 GRAFANA = ROOT / "deploy" / "grafana"

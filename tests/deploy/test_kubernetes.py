@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import yaml
 
-from server.listener import FLUSH_SECONDS
-from server.metrics import ServerMetrics
+from server.observability.metrics import ServerMetrics
+from server.serve import FLUSH_SECONDS
 from server.settings import PREFIX, Settings
-from server.worker_process import STOP_SECONDS
+from server.workers.process import STOP_SECONDS
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "kubernetes"

@@ -130,7 +130,12 @@ def monitoring(prometheus, tmp_path_factory):
     scraper = [prometheus, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
     scraper += [f"--web.listen-address=127.0.0.1:{port}"]
     with (
-        running(medusa, folder / "server.log", lambda: httpx.get(f"{server}/ready"), env=environment),
+        running(
+            medusa,
+            folder / "server.log",
+            lambda: httpx.get(f"{server}/ready"),
+            env=environment,
+        ),
         running(scraper, folder / "prometheus.log", lambda: httpx.get(f"{url}/-/ready")),
     ):
         yield Monitoring(server, url, target)

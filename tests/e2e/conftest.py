@@ -19,8 +19,8 @@ import httpx
 import pytest
 
 from server.app import create_app
-from server.listener import bind, build_server
 from server.runtime import Runtime
+from server.serve import bind, build_server
 from server.settings import Settings
 
 START_SECONDS = 120.0
@@ -124,7 +124,7 @@ def endless_model_dir(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: 
     from safetensors.torch import load_file, save_file
 
     from medusa_core.checkpoints.writing import save_heads
-    from medusa_core.heads.medusa import MedusaHeads
+    from medusa_core.draft.medusa import MedusaHeads
 
     path = tmp_path_factory.mktemp("endless") / "endless"
     shutil.copytree(tiny_model_dir, path)
@@ -198,7 +198,7 @@ def open_request() -> Iterator[Callable[..., socket.socket]]:
     with contextlib.ExitStack() as connections:
 
         def send(server: LiveServer, **changes: Any) -> socket.socket:
-            address = server.listener.getsockname()
+            address = server.serve.getsockname()
             content = json.dumps(server.body(**changes)).encode()
             connection = connections.enter_context(socket.create_connection(address))
             head = "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"

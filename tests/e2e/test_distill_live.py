@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from medusa_core.cli import app
+from medusa_core.cli.main import app
 
 pytestmark = pytest.mark.e2e
 

@@ -192,7 +192,7 @@ def test_refused_models(run_medusa, model_flags, endless_model_dir, vicuna_layou
     import shutil
 
     from medusa_core.checkpoints.writing import save_heads
-    from medusa_core.heads.medusa import MedusaHeads
+    from medusa_core.draft.medusa import MedusaHeads
 
     no_weights = tmp_path / "no_weights"
     shutil.copytree(endless_model_dir, no_weights)

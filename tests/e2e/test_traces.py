@@ -12,8 +12,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 from medusa_core.errors import ConfigError
 from server.app import create_app
+from server.observability.spans import traces_url
 from server.settings import Settings
-from server.spans import traces_url
 
 pytestmark = pytest.mark.e2e
 
@@ -188,7 +188,7 @@ def test_a_collector_that_is_gone_hurts_nobody(start_server, free_port):
 
 def test_without_the_libraries_the_start_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    monkeypatch.delitem(sys.modules, "server.spans", raising=False)
+    monkeypatch.delitem(sys.modules, "server.observability.spans", raising=False)
     with pytest.raises(ConfigError, match=r"pip install 'medusa-serve\[otel\]'"):
         create_app(Settings(otlp_endpoint="http://127.0.0.1:4318"))
 

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from medusa_core.request import FinishReason, SamplingParams, StepOutput
-from server.log import LIBRARIES
-from server.metrics import ServerMetrics
-from server.scheduler import Scheduler
+from medusa_core.engine.outputs import FinishReason, StepOutput
+from medusa_core.sampling_params import SamplingParams
+from server.observability.logging import LIBRARIES
+from server.observability.metrics import ServerMetrics
+from server.workers.scheduler import Scheduler
 
 PARAMS = SamplingParams()
 

@@ -1,0 +1,76 @@
+"""What `medusa distill` is told. Defaults live here and nowhere else."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from medusa_core.errors import ConfigError
+from medusa_core.sampling_params import MAX_SEED
+
+PAPER_TEMPERATURE = 0.3  # Medusa paper §2.3.2 and the reference's generator, as is the length
+PAPER_MAX_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSettings:
+    """One run: seed dialogues from `data` (files or Hub data sets), rows appended to `out`.
+
+    `max_tokens`: most tokens of one answer; one that needs more ends its dialogue. `turns` None asks every
+    user turn. `limit`: so many seed rows. `top_p` None leaves the model's own. `concurrency`: dialogues in
+    progress at once. `strict` makes a seed row that cannot be used an error.
+    """
+
+    data: tuple[str | Path, ...]
+    out: Path
+    temperature: float = PAPER_TEMPERATURE
+    top_p: float | None = None
+    max_tokens: int = PAPER_MAX_TOKENS
+    turns: int | None = None
+    limit: int | None = None
+    seed: int = 0
+    concurrency: int = 1
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise ConfigError("data needs at least one source")
+        for name in ("max_tokens", "turns", "limit", "concurrency"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 2.0):
+            raise ConfigError(f"temperature must be between 0 and 2, not {self.temperature}")
+        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ConfigError(f"seed must fit 64 unsigned bits, not {self.seed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointSettings:
+    """An OpenAI-compatible server. `url` is its base, usually ending in /v1.
+
+    A request is tried `attempts` times; before the n-th retry it waits up to `retry_delay` * 2^n seconds, or
+    what the server's Retry-After says. `timeout`: seconds without a byte of an answer.
+    """
+
+    url: str
+    model: str
+    api_key: str | None = field(default=None, repr=False)
+    attempts: int = 6
+    retry_delay: float = 1.0
+    timeout: float = 600.0
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise ConfigError(f"endpoint must be an http:// or https:// address, not {self.url!r}")
+        if not self.model:
+            raise ConfigError("endpoint model must have a name: the one the endpoint serves it by")
+        if self.attempts < 1:
+            raise ConfigError(f"attempts must be at least 1, not {self.attempts}")
+        for name in ("retry_delay", "timeout"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0.0):
+                raise ConfigError(f"{name} must be above 0 seconds, not {value}")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
+            raise ConfigError("the API key must be printable ASCII, as HTTP headers are")

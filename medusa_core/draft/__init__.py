@@ -1,0 +1,1 @@
+"""What proposes tokens: draft heads, n-grams, and the trees their drafts are put in."""

@@ -1,0 +1,235 @@
+"""Hydra heads: drafts that see the drafted tokens before them (arXiv 2402.05109 §3, §4).
+
+Head i (0-based) maps [h, E(root), E(x_1), ..., E(x_i)], of width (i+2)E, to the token after: a first block
+R x + r + SiLU(W x + b), then L - 1 residual blocks x + SiLU(W x + b), then an output layer. h is the
+backbone's hidden state, or with a `PrefixLayer` (Hydra++) that layer's output; E the backbone's embedding.
+
+Shapes: B slots, N paths, J tokens of a path, S tokens, K heads, E hidden size, V output rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medusa_core.draft.heads import TrainingBatch
+from medusa_core.draft.medusa import output_rows
+from medusa_core.draft.prefix import PrefixLayer
+from medusa_core.model.kv_cache import CacheShape, SlotCache
+
+Embed = Callable[[Tensor], Tensor]
+"""Token ids [...] -> embeddings [..., E], as the backbone's own embedding module gives them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HydraShape:
+    """K heads of L layers over hidden size E, drafting V tokens."""
+
+    num_heads: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+
+    def __post_init__(self) -> None:
+        if self.num_heads < 1 or self.num_layers < 1:
+            raise ValueError(
+                f"heads need at least one head and one layer, not {self.num_heads} and {self.num_layers}"
+            )
+
+
+class HydraHeads(nn.Module):
+    """K heads of L layers, each with an output layer and bias, or one output layer shared with the backbone.
+
+    `first_weights[i]` [2, E, (i+2)E] and `first_biases[i]` [2, E] stack W over R; `block_weights` hold L - 1
+    tensors [K, E, E]. `embed` belongs to the backbone: neither trained nor saved here. `dropout` applies
+    before every layer, in training only.
+    """
+
+    shared_output_VE: Tensor | None
+    token_map_V: Tensor | None
+
+    def __init__(
+        self,
+        shape: HydraShape,
+        *,
+        embed: Embed,
+        prefix: PrefixLayer | None = None,
+        shared_output: Tensor | None = None,
+        token_map: Tensor | None = None,
+        dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        # A method: the module itself would become a part of this one, and be trained and saved along.
+        self._embed = embed.forward if isinstance(embed, nn.Module) else embed
+        self.prefix = prefix
+        self.dropout = dropout
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+
+        heads, hidden, blocks = shape.num_heads, shape.hidden_size, range(shape.num_layers - 1)
+        self.first_weights = nn.ParameterList(zeros(2, hidden, (k + 2) * hidden) for k in range(heads))
+        self.first_biases = nn.ParameterList(zeros(2, hidden) for _ in range(heads))
+        self.block_weights = nn.ParameterList(zeros(heads, hidden, hidden) for _ in blocks)
+        self.block_biases = nn.ParameterList(zeros(heads, hidden) for _ in blocks)
+        shared = None
+        if shared_output is not None:
+            shared = output_rows(shared_output, shape.vocab_size, token_map).to(device, dtype)
+        self.register_buffer("shared_output_VE", shared, persistent=False)
+        own_map = None if token_map is None else token_map.to(device=device, dtype=torch.long)
+        self.register_buffer("token_map_V", own_map, persistent=False)
+        self.output_KVE: nn.Parameter | None = None
+        self.output_bias_KV: nn.Parameter | None = None
+        if shared is None:
+            self.output_KVE = zeros(heads, shape.vocab_size, hidden)
+            self.output_bias_KV = zeros(heads, shape.vocab_size)
+
+    @classmethod
+    def new(
+        cls,
+        shape: HydraShape,
+        *,
+        lm_head_weight: Tensor,
+        embed: Embed,
+        prefix: PrefixLayer | None = None,
+        shared: bool = False,
+        token_map: Tensor | None = None,
+        dropout: float = 0.0,
+    ) -> "HydraHeads":
+        """Fresh heads in the dtype and on the device of `lm_head_weight` [>= V, E].
+
+        They start by passing h on to a copy of the backbone's output layer (or that layer, if `shared`).
+        """
+        rows = output_rows(lm_head_weight, shape.vocab_size, token_map)
+        if rows.shape != (shape.vocab_size, shape.hidden_size):
+            raise ValueError(
+                f"lm_head {tuple(lm_head_weight.shape)} lacks {shape.vocab_size} rows of {shape.hidden_size}"
+            )
+        heads = cls(
+            shape,
+            embed=embed,
+            prefix=prefix,
+            shared_output=lm_head_weight if shared else None,
+            token_map=token_map,
+            dropout=dropout,
+            dtype=rows.dtype,
+            device=rows.device,
+        )
+        with torch.no_grad():
+            for weight in heads.first_weights:
+                weight[1, :, : shape.hidden_size].fill_diagonal_(1.0)
+            if heads.output_KVE is not None:
+                heads.output_KVE.copy_(rows.expand_as(heads.output_KVE))
+        return heads
+
+    @property
+    def num_layers(self) -> int:
+        """L, the first block included."""
+        return self.shape.num_layers
+
+    @property
+    def num_heads(self) -> int:
+        """K, the greatest depth of a tree these heads can fill."""
+        return self.shape.num_heads
+
+    @property
+    def vocab_size(self) -> int:
+        """V, output rows; may be fewer than the backbone's."""
+        return self.shape.vocab_size
+
+    @property
+    def token_map(self) -> Tensor | None:
+        """Token id [V] of each output row; None: they are the same."""
+        return self.token_map_V
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the output layer is the backbone's."""
+        return self.output_KVE is None
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        """Keys and values of the prefix layer."""
+        return None if self.prefix is None else self.prefix.cache_shape
+
+    @torch.inference_mode()
+    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
+        """What the next drafts come from [B, E], after T more committed tokens."""
+        if self.prefix is None:
+            return hidden_BTE[:, -1]
+        assert cache is not None
+        return self.prefix.read(hidden_BTE.to(self._dtype), cache)[:, -1]
+
+    @torch.inference_mode()
+    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+        """What `read` would have returned at every position of whole sequences."""
+        return hidden_BSE if self.prefix is None else self.prefix(hidden_BSE.to(self._dtype))
+
+    @torch.inference_mode()
+    def level_logits(self, level: int, hidden_BE: Tensor, paths_BNJ: Tensor) -> Tensor:
+        """Logits [B, N, V] of head `level` after each of N paths (root first, J = level + 1 token ids)."""
+        embedded_BNX = self._embed(paths_BNJ).to(self._dtype).flatten(2)
+        hidden_BNE = hidden_BE.to(self._dtype)[:, None].expand(-1, paths_BNJ.shape[1], -1)
+        features = self._first(level, torch.cat([hidden_BNE, embedded_BNX], dim=-1))
+        for weight, bias in zip(self.block_weights, self.block_biases, strict=True):
+            features = features + functional.silu(functional.linear(features, weight[level], bias[level]))
+        bias_V = None if self.output_bias_KV is None else self.output_bias_KV[level]
+        return functional.linear(features, self.output_weight(level), bias_V)
+
+    def features(self, batch: TrainingBatch, source_KN: Tensor) -> Tensor:
+        """What the output layers see [K, N, E] with the data's own tokens as path (teacher forcing)."""
+        hidden = batch.hidden_BSE
+        if self.prefix is not None:
+            hidden = self.prefix(hidden, batch.positions_BS)
+        hidden_NE, tokens_N = hidden.flatten(0, 1), batch.tokens_BS.flatten()
+        firsts = []
+        for head, source_N in enumerate(source_KN):
+            # A head without a source for some target points at position 0, where its loss weighs nothing; the
+            # path must exist all the same.
+            path_NJ = source_N[:, None] + 1 + torch.arange(head + 1, device=source_N.device)
+            path_NJ = path_NJ.clamp(max=len(tokens_N) - 1)
+            embedded_NX = self._embed(tokens_N[path_NJ]).to(hidden.dtype).flatten(1)
+            firsts.append(
+                self._first(head, self._drop(torch.cat([hidden_NE[source_N], embedded_NX], dim=-1)))
+            )
+        rows_KNE = torch.stack(firsts)
+        for weight, bias in zip(self.block_weights, self.block_biases, strict=True):
+            weight, bias = weight.to(rows_KNE.dtype), bias.to(rows_KNE.dtype)
+            inner = torch.baddbmm(bias[:, None], self._drop(rows_KNE), weight.transpose(1, 2))
+            rows_KNE = rows_KNE + functional.silu(inner)
+        return self._drop(rows_KNE)
+
+    @property
+    def output(self) -> Tensor:
+        """Output layers [K, V, E], or the shared one [V, E]."""
+        return self.output_weight(0) if self.output_KVE is None else self.output_KVE
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Output biases [K, V]."""
+        return self.output_bias_KV
+
+    def output_weight(self, head: int) -> Tensor:
+        """Output layer [V, E] of one head."""
+        if self.output_KVE is not None:
+            return self.output_KVE[head]
+        assert self.shared_output_VE is not None
+        return self.shared_output_VE
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.first_weights[0].dtype
+
+    def _first(self, head: int, inputs: Tensor) -> Tensor:
+        """The first block: inputs [..., (head+2)E] -> [..., E]. W and R in one product."""
+        weight, bias = self.first_weights[head].to(inputs.dtype), self.first_biases[head].to(inputs.dtype)
+        inner, through = functional.linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)
+        return through + functional.silu(inner)
+
+    def _drop(self, rows: Tensor) -> Tensor:
+        return functional.dropout(rows, self.dropout, training=self.training) if self.dropout else rows

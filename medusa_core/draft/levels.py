@@ -1,0 +1,168 @@
+"""Propose for heads that see the drafted path (Hydra): level by level, all parents of a level at once.
+
+Shapes: B slots, N parents expanded at a level, R candidates per parent, M nodes kept per level, P nodes of
+the pool, T tree nodes (root included), D depth, V rows of the heads' logits.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from medusa_core.draft.dynamic import IMPOSSIBLE, DraftTree, TreeShape, couple
+from medusa_core.draft.heads import SequentialHeads
+from medusa_core.draft.tree import Tree
+
+MAX_CANDIDATES = 10  # ranks a parent's children can have; the published trees use no more either
+
+
+@dataclass(frozen=True, slots=True)
+class LevelScores:
+    """What the heads say of each level's candidates; coupled with the target's noise if there is any."""
+
+    heads: SequentialHeads
+    hidden_BE: Tensor
+    temperature: float
+    noise_KV: Tensor | None
+
+    def score(self, level: int, paths_BNJ: Tensor) -> Tensor:
+        """Float32 [B, N, V] of the tokens after each path (ids, the root first, J = level + 1)."""
+        logits = self.heads.level_logits(level, self.hidden_BE, paths_BNJ)
+        noise = None if self.noise_KV is None else self.noise_KV[level : level + 1]
+        return couple(logits, self.temperature, noise, self.heads.token_map)
+
+    def token_ids(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the logits."""
+        token_map = self.heads.token_map
+        return rows if token_map is None else token_map[rows]
+
+
+class StaticLevelDrafter:
+    """The same topology every step; each parent with children is asked once."""
+
+    def __init__(self, tree: Tree, device: torch.device) -> None:
+        self.size, self.max_depth = tree.size, tree.depth
+        self._shape = TreeShape(tree, device)
+        self._levels = [_StaticLevel.of(tree, self._shape, depth) for depth in range(tree.depth)]
+
+    def draft(self, scores: LevelScores, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
+        tokens = roots_B[:, None]
+        for depth, level in enumerate(self._levels):
+            candidates = scores.score(depth, tokens[:, level.paths_NJ]).topk(level.width, dim=-1).indices
+            rows = candidates.flatten(1)[:, level.children]
+            tokens = torch.cat([tokens, scores.token_ids(rows)], dim=1)
+        return self._shape.filled(tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _StaticLevel:
+    """A level of a static tree: its parents' paths as node indices [N, J], its nodes' places in N * R."""
+
+    paths_NJ: Tensor
+    children: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, tree: Tree, shape: TreeShape, depth: int) -> "_StaticLevel":
+        below = [path for path in tree.paths if len(path) == depth + 1]
+        parents = sorted({path[:-1] for path in below})
+        index = {path: node for node, path in enumerate(((), *tree.paths))}
+        nodes = torch.tensor([index[path] for path in parents], device=shape.device)
+        width = max(path[-1] for path in below) + 1
+        places = [parents.index(path[:-1]) * width + path[-1] for path in below]
+        return cls(shape.lineage_TD[nodes][:, : depth + 1], torch.tensor(places, device=shape.device), width)
+
+
+@dataclass(slots=True)
+class _Pool:
+    """Candidates level by level, the root first, each level best first: parents stand before their children.
+
+    `parents`: places in the pool, the root its own.
+    """
+
+    tokens: list[Tensor]
+    joint: list[Tensor]
+    parents: list[Tensor]
+
+
+class DynamicLevelDrafter:
+    """Each step the likeliest nodes, by the product of calibrated probabilities along their path.
+
+    Every level keeps its best nodes and expands the best of those; of all that were kept, the best T - 1 are
+    the tree. A level is never asked for nodes that could not all be in the tree with their ancestors.
+    """
+
+    def __init__(self, nodes: int, num_heads: int, vocab_size: int) -> None:
+        self._drafted = nodes - 1
+        self.max_depth = min(num_heads, self._drafted)
+        self._width = min(MAX_CANDIDATES, vocab_size)
+        parents = 1
+        self._kept: list[int] = []
+        self._expanded: list[int] = []
+        for depth in range(self.max_depth):
+            self._expanded.append(parents)
+            self._kept.append(min(self._drafted - depth, parents * self._width))
+            # p parents of this level with a child each, below a chain: depth + 2p nodes.
+            parents = min(self._kept[-1], max(1, (self._drafted - depth) // 2))
+        self._starts = [0, *accumulate(self._kept, initial=1)]  # where each level begins in the pool
+        self.size = min(nodes, self._starts[-1])
+
+    def draft(self, scores: LevelScores, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
+        zero = torch.zeros_like(roots_B)[:, None]
+        pool = _Pool([roots_B[:, None]], [zero.float()], [zero])
+        paths_BNJ = roots_B[:, None, None]
+        for depth in range(self.max_depth):
+            if self._is_settled(pool):
+                break
+            paths_BNJ = self._grow(pool, scores, depth, taus[depth], paths_BNJ)
+        return self._choose(pool)
+
+    def _is_settled(self, pool: _Pool) -> bool:
+        """Whether no deeper node could be among the best: then the remaining heads need not be asked.
+
+        On a CPU only: elsewhere asking would make the host wait for the device.
+        """
+        levels = len(pool.joint)
+        if self._starts[levels] < self.size or pool.joint[0].device.type != "cpu":
+            return False
+        last = torch.cat(pool.joint[1:], dim=1).topk(self.size - 1, dim=1).values[:, -1]
+        return bool((pool.joint[-1][:, 0] <= last).all())
+
+    def _grow(self, pool: _Pool, scores: LevelScores, depth: int, tau: float, paths_BNJ: Tensor) -> Tensor:
+        """Ask for children of the best nodes of `depth`, keep the best; returns the next paths to expand."""
+        log_probs = (scores.score(depth, paths_BNJ) / tau).log_softmax(dim=-1)
+        best = log_probs.topk(self._width, dim=-1)
+        # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
+        values = best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
+        joint = (pool.joint[-1][:, : paths_BNJ.shape[1], None] + values).flatten(1)
+        kept = joint.topk(self._kept[depth], dim=1)
+        parents = torch.div(kept.indices, self._width, rounding_mode="floor")
+        tokens = scores.token_ids(best.indices.flatten(1).gather(1, kept.indices))
+        pool.tokens.append(tokens)
+        pool.joint.append(kept.values)
+        pool.parents.append(parents + self._starts[depth])
+        if depth + 1 == self.max_depth:
+            return paths_BNJ
+        count = self._expanded[depth + 1]
+        above = paths_BNJ.gather(1, parents[:, :count, None].expand(-1, -1, depth + 1))
+        return torch.cat([above, tokens[:, :count, None]], dim=2)
+
+    def _choose(self, pool: _Pool) -> DraftTree:
+        """The root and the best others; of equals the earlier, hence parents before their children."""
+        order = torch.cat(pool.joint[1:], dim=1).sort(dim=1, descending=True, stable=True)
+        chosen = functional.pad(order.indices[:, : self.size - 1].sort(dim=1).values + 1, (1, 0))
+        tokens, parents = torch.cat(pool.tokens, dim=1), torch.cat(pool.parents, dim=1)
+        new_place = torch.zeros_like(tokens)
+        new_place.scatter_(1, chosen, torch.arange(self.size, device=tokens.device).expand_as(chosen))
+        parents_BT = new_place.gather(1, parents.gather(1, chosen))
+        ancestors, far = torch.eye(self.size, dtype=torch.bool, device=tokens.device), parents_BT
+        ancestors_BTT = ancestors.expand(tokens.shape[0], -1, -1)
+        for _ in range(self.max_depth.bit_length()):  # each round reaches twice as far up
+            rows = far[:, :, None].expand(-1, -1, self.size)
+            ancestors_BTT = ancestors_BTT | ancestors_BTT.gather(1, rows)
+            far = far.gather(1, far)
+        return DraftTree(
+            tokens.gather(1, chosen), ancestors_BTT.sum(dim=2) - 1, parents_BT, ancestors_BTT, self.max_depth
+        )

@@ -1,0 +1,1 @@
+"""The decode loop: slots of sequences, and the step propose, verify, accept, commit."""

@@ -1,0 +1,339 @@
+"""The engine: slots of sequences, `add`, `abort`, `step`. Owns the cache and the running sequences.
+
+    engine = Engine.from_pretrained(model, heads=...)
+    for piece in engine.stream([{"role": "user", "content": "Hello"}]):
+        print(piece, end="")
+
+One thread at a time may use an engine.
+"""
+
+from collections import OrderedDict
+from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.factory import DYNAMIC, STATIC, scratch_rows
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.source import Speculator
+from medusa_core.draft.tree_size import Governors
+from medusa_core.engine.answer import Answer, AnswerStream, answer_all
+from medusa_core.engine.outputs import StepOutput, StepStats
+from medusa_core.engine.results import decode_stats, emit, failed
+from medusa_core.engine.sequence import Sequence
+from medusa_core.engine.step import decode_step, first_state, prefill_chunk
+from medusa_core.engine.step_timer import StepTimer
+from medusa_core.engine.step_times import StepTimes, fastest_size
+from medusa_core.engine.timing import phase_timer
+from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
+from medusa_core.loading.loader import EngineParts, load_parts, resolve_context_length, speculator_factory
+from medusa_core.loading.progress import OnStage, Stages
+from medusa_core.model.backbone import Backbone
+from medusa_core.model_info import ModelInfo
+from medusa_core.request import Request
+from medusa_core.sampling_params import SamplingParams, SpeculationMode
+from medusa_core.text.tokenizer import ChatTokenizer
+
+DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
+Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
+
+
+class Engine:
+    """Decodes requests in slots, one slot's step at a time."""
+
+    def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
+        stages = Stages(on_stage)
+        self.config, self.backbone, self.chat = config, parts.backbone, parts.chat
+        self.heads = parts.heads
+        self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
+        self._names = (parts.model_name, parts.heads_name)
+        self.speculation = speculator_factory(parts, config.static_tree)
+        stages.enter(f"cache of {config.slots} x {self.context_length} tokens")
+        self._cache = self.backbone.new_cache(
+            config.slots,
+            self.context_length + scratch_rows(self.speculation, config.tree_nodes),
+            follower=self.heads.cache_shape if self.heads else None,
+        )
+        self._token_ids = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
+        self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
+        if config.measure:
+            stages.enter("measuring step times")
+        timer = StepTimer(self.backbone, self._cache, self.speculation)
+        self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
+        self.tree_nodes = self._choose_tree_nodes()
+        self._governors = Governors(self.tree_nodes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = EMBEDDED_MODEL,
+        *,
+        heads: str | Path | None = None,
+        config: EngineConfig | None = None,
+        calibrated: bool = True,
+        on_stage: OnStage | None = None,
+    ) -> "Engine":
+        """Load from a directory or Hub name. `heads` None uses those beside the model; "none" uses none.
+
+        `calibrated` False leaves out what calibration.json says, to calibrate anew. `on_stage` is told in a
+        few words what is done next; the log has it too.
+
+        Raises `CheckpointError`, `TokenizerError`, `TreeError` or `ConfigError`, each saying what to change.
+        """
+        config = config or EngineConfig()
+        parts = load_parts(model, heads, config, calibrated=calibrated, on_stage=on_stage)
+        return cls(parts, config, on_stage)
+
+    @classmethod
+    def from_parts(
+        cls,
+        model: PreTrainedModel,
+        chat: ChatTokenizer,
+        heads: DraftHeads | None,
+        config: EngineConfig,
+        calibration: HeadCalibration | None = None,
+    ) -> "Engine":
+        """An engine of parts in memory: any model, tokenizer and heads that fit together."""
+        backbone = Backbone(model, vocab_size=chat.vocab_size)
+        name = str(getattr(model.config, "name_or_path", "") or type(model).__name__)
+        parts = EngineParts(backbone, chat, heads, calibration, name, type(heads).__name__ if heads else None)
+        return cls(parts, config)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerFast:
+        return self.chat.tokenizer
+
+    @property
+    def num_free_slots(self) -> int:
+        return self._cache.num_free
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._active)
+
+    @property
+    def info(self) -> ModelInfo:
+        return ModelInfo(
+            model=self._names[0],
+            heads=self._names[1],
+            num_heads=self.heads.num_heads if self.heads else 0,
+            parameters=self.backbone.num_parameters,
+            context_length=self.context_length,
+            vocab_size=self.backbone.vocab_size,
+            dtype=str(self.backbone.dtype).removeprefix("torch."),
+            device=str(self.backbone.device),
+            tree_nodes=self.tree_nodes,
+            trees=self.speculation.names if self.speculation else (),
+            sources=("heads",) if self.heads else (),
+            slots=self.config.slots,
+            defaults=self.default_params(),
+        )
+
+    def default_params(self) -> SamplingParams:
+        """Sampling as the model's `generation_config.json` asks for."""
+        defaults = self.chat.generation_defaults
+        given = {
+            name: getattr(defaults, name)
+            for name in ("temperature", "top_p", "top_k", "min_p")
+            if getattr(defaults, name) is not None
+        }
+        return SamplingParams(**given)
+
+    def add(self, request: Request) -> None:
+        """Give a request a slot. `RequestError` (also `CapacityError`) or `TreeError` leave all as it was."""
+        params = request.params
+        self._check_request(request)
+        if self.num_free_slots == 0:
+            raise CapacityError(f"all {self.config.slots} slots are taken")
+        stop_ids = frozenset(params.stop_token_ids)
+        if not params.ignore_eos:
+            stop_ids |= self.chat.eos_token_ids
+        self._active[request.request_id] = Sequence(
+            request=request,
+            slot=self._cache.acquire(),
+            stop_ids=stop_ids,
+            max_total=self.context_length,
+        )
+
+    def abort(self, request_id: str) -> bool:
+        """Free the request's slot at once; False if it is not running."""
+        sequence = self._active.pop(request_id, None)
+        if sequence is None:
+            return False
+        self._cache.release(sequence.slot)
+        return True
+
+    def step(self) -> list[StepOutput]:
+        """Advance the sequence whose turn it is: one prefill chunk or one decode step. Empty list if idle.
+
+        A request that fails ends alone, with `FinishReason.ERROR`. What escapes (a lost device, an interrupt)
+        takes its request along: the slot is free again, as the step may have stopped half-way.
+        """
+        if not self._active:
+            return []
+        sequence = next(iter(self._active.values()))
+        try:
+            output = self._advance(sequence)
+        except BaseException:
+            self.abort(sequence.request_id)
+            raise
+        if output.finish_reason is None:
+            self._active.move_to_end(sequence.request_id)  # they take turns
+        else:
+            self.abort(sequence.request_id)
+        return [output]
+
+    def chat(self, messages: SequenceOf[Mapping[str, str]], params: SamplingParams | None = None) -> Answer:
+        """The whole answer to a conversation. Without `params` the model's own sampling defaults hold."""
+        return self.stream(messages, params).read()
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> AnswerStream:
+        """The answer to one prompt (messages, text or token ids) piece by piece, on an idle engine."""
+        request = self.request(prompt, params)
+        return AnswerStream(self, request, self._run(request))
+
+    def generate(self, prompts: SequenceOf[Prompt], params: SamplingParams | None = None) -> list[Answer]:
+        """Answers to several prompts in their order, as many at once as there are slots."""
+        if isinstance(prompts, str):
+            raise RequestError("generate() takes a list of prompts; for one prompt use stream() or chat()")
+        self._check_idle()
+        return answer_all(self, [self.request(p, params, f"generate-{i}") for i, p in enumerate(prompts)])
+
+    def steps(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[StepOutput]:
+        """Decode one prompt on an idle engine, step by step, as tokens."""
+        return self._run(self.request(prompt, params))
+
+    def request(
+        self, prompt: Prompt, params: SamplingParams | None = None, request_id: str = "generate"
+    ) -> Request:
+        """A request of a prompt (text, token ids or chat messages), for `add`."""
+        return Request(
+            request_id=request_id,
+            prompt_ids=self._encode(prompt),
+            params=params or self.default_params(),
+        )
+
+    def _run(self, request: Request) -> Generator[StepOutput, None, None]:
+        self._check_idle()
+        self.add(request)
+        try:
+            while self.has_work:
+                yield from self.step()
+        finally:
+            self.abort(request.request_id)
+
+    def _check_idle(self) -> None:
+        if self.has_work:
+            raise CapacityError("this needs an idle engine; beside running requests use add() and step()")
+
+    @torch.inference_mode()
+    def _advance(self, sequence: Sequence) -> StepOutput:
+        try:
+            return self._prefill(sequence) if sequence.state is None else self._decode(sequence)
+        except (MedusaError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise  # the device context is lost: nothing here can go on
+            return failed(sequence.request_id, error)
+
+    def _encode(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self.chat.encode(prompt)
+        messages = [item for item in prompt if isinstance(item, Mapping)]
+        if not messages:
+            return list(prompt)  # type: ignore[arg-type]
+        if len(messages) < len(prompt):
+            raise RequestError("a prompt is text, token ids or messages, not a mixture of them")
+        return self.chat.render(messages)
+
+    def _check_request(self, request: Request) -> None:
+        ids = request.prompt_ids
+        if request.request_id in self._active:
+            raise RequestError(f"request {request.request_id!r} is already running")
+        if not ids:
+            raise RequestError("the prompt is empty")
+        if len(ids) >= self.context_length:
+            most = self.context_length - 1
+            raise RequestError(f"the prompt has {len(ids)} tokens; at most {most} leave room for an answer")
+        if not all(0 <= token < self.backbone.vocab_size for token in ids):
+            raise RequestError(f"prompt token ids must be between 0 and {self.backbone.vocab_size - 1}")
+        tree = request.params.speculation.tree
+        if self.speculation:
+            self.speculation.check(tree)
+        elif tree not in (DYNAMIC, STATIC):
+            raise TreeError(f"there are no draft heads to fill tree {tree!r}")
+
+    def _prefill(self, sequence: Sequence) -> StepOutput:
+        timer = phase_timer(self.backbone.device)
+        timer.mark()
+        start = sequence.num_prefilled
+        chunk = sequence.prompt_ids[start : start + self.config.prefill_chunk]
+        cache = self._cache.slots[sequence.slot]
+        output = prefill_chunk(self.backbone, cache, chunk)
+        sequence.num_prefilled += len(chunk)
+        tokens: list[int] = []
+        if sequence.num_prefilled == len(sequence.prompt_ids):
+            sequence.state, first = first_state(
+                output, sequence.params, len(sequence.prompt_ids), self._token_ids
+            )
+            tokens = [first]
+        elif self.heads and sequence.params.speculation.mode is not SpeculationMode.OFF:
+            self.heads.read(output.hidden_BTE, cache.follower)  # the last chunk is read by the first step
+        timer.mark()
+        stats = StepStats(
+            mode=self._mode(sequence.params),
+            is_prefill=True,
+            seconds=sum(timer.seconds()),
+            prompt_tokens=len(chunk),
+        )
+        return emit(sequence, tokens, stats)
+
+    def _decode(self, sequence: Sequence) -> StepOutput:
+        assert sequence.state is not None
+        cache = self._cache.slots[sequence.slot]
+        context = cache.length
+        governor = self._governors.of(sequence.params)
+        nodes = governor.nodes
+        speculator = self._speculator(sequence, nodes)
+        result = decode_step(
+            self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids
+        )
+        sequence.state = result.state
+        mode = sequence.params.speculation.mode if speculator else SpeculationMode.OFF
+        per_token = self.step_times.baseline_seconds(context)
+        output = emit(sequence, result.token_ids, decode_stats(result, mode), per_token)
+        if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
+            assert output.stats is not None
+            governor.observe(output.stats.seconds, output.stats.baseline_seconds)
+        return output
+
+    def _speculator(self, sequence: Sequence, nodes: int) -> Speculator | None:
+        """None where the budget or context ends: no draft could be kept, or it would have no position."""
+        params = sequence.params
+        if self.speculation is None or params.speculation.mode is SpeculationMode.OFF or sequence.budget <= 1:
+            return None
+        speculator = self.speculation.speculator(params, nodes)
+        if speculator and sequence.num_tokens + speculator.max_depth > self.context_length:
+            return None
+        return speculator
+
+    def _is_governed(self, params: SamplingParams) -> bool:
+        if self.speculation is None or params.speculation.mode is SpeculationMode.OFF:
+            return False
+        return self.speculation.is_adaptive(params.speculation.tree)
+
+    def _mode(self, params: SamplingParams) -> SpeculationMode:
+        return params.speculation.mode if self.speculation else SpeculationMode.OFF
+
+    def _choose_tree_nodes(self) -> int:
+        if self.speculation is None:
+            return 1
+        if self.config.tree_nodes is not None:
+            return self.config.tree_nodes
+        if not self.step_times.trees:
+            default = DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
+            return self.speculation.calibration.tree_nodes or default
+        return fastest_size(self.step_times, self.speculation.calibration)

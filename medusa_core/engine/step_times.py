@@ -1,0 +1,82 @@
+"""How long steps take here: measured once at start, to choose the tree and to estimate the speedup."""
+
+import statistics
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.tree import expected_acceptance_length, grow_tree
+
+TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
+BASELINE_CONTEXTS = (32, 256, 1024, 4096, 16384)
+REFERENCE_CONTEXT = 256
+MEASURE_SECONDS = 0.4  # per point, at least MIN_REPEATS and at most MAX_REPEATS steps
+MIN_REPEATS, MAX_REPEATS = 3, 15
+
+TimedStep = Callable[[int, int], float]
+"""(nodes, context) -> seconds of one real decode step with that tree size (1: without speculation)."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Median seconds of a step: without speculation by cached context, with a tree by its nodes."""
+
+    baseline: Mapping[int, float] = field(default_factory=dict)
+    trees: Mapping[int, float] = field(default_factory=dict)
+
+    def baseline_seconds(self, context: int) -> float:
+        """Step time without speculation at a cached length, interpolated; 0.0 if nothing was measured."""
+        known = sorted(self.baseline)
+        if not known:
+            return 0.0
+        place = bisect_right(known, context)
+        if place == 0 or place == len(known):
+            return self.baseline[known[min(place, len(known) - 1)]]
+        low, high = known[place - 1], known[place]
+        share = (context - low) / (high - low)
+        return self.baseline[low] + share * (self.baseline[high] - self.baseline[low])
+
+
+def measure_step_times(timed_step: TimedStep, max_context: int, tree_sizes: tuple[int, ...]) -> StepTimes:
+    """Time every point in interleaved rounds, so that a noisy moment does not favour one of them."""
+    contexts = [c for c in BASELINE_CONTEXTS if c < max_context] or [max(1, max_context // 2)]
+    reference = min(REFERENCE_CONTEXT, contexts[-1])
+    points = [(1, c) for c in contexts] + [(size, reference) for size in tree_sizes]
+    samples: dict[tuple[int, int], list[float]] = {point: [] for point in points}
+    for point in points:
+        timed_step(*point)  # warm up: first calls allocate
+    started = time.perf_counter()
+    for done in range(MAX_REPEATS):
+        if done >= MIN_REPEATS and time.perf_counter() - started > MEASURE_SECONDS * len(points):
+            break
+        for point in points:
+            samples[point].append(timed_step(*point))
+    medians = {point: statistics.median(values) for point, values in samples.items()}
+    return StepTimes(
+        baseline={c: medians[1, c] for c in contexts},
+        trees={1: medians[1, reference]} | {size: medians[size, reference] for size in tree_sizes},
+    )
+
+
+def expected_tokens(calibration: HeadCalibration, nodes: int, kind: str = "dynamic") -> float:
+    """A(T): mean acceptance length with a tree of `nodes`, measured if calibrated, else estimated."""
+    measured = calibration.expected.get(kind, {})
+    if nodes in measured:
+        return measured[nodes]
+    known = sorted(measured)
+    place = bisect_right(known, nodes)
+    if 0 < place < len(known):
+        low, high = known[place - 1], known[place]
+        return measured[low] + (nodes - low) / (high - low) * (measured[high] - measured[low])
+    return expected_acceptance_length(grow_tree(calibration.accuracies, nodes), calibration.accuracies)
+
+
+def fastest_size(times: StepTimes, calibration: HeadCalibration) -> int:
+    """The tree size with the most expected tokens per second: argmax A(T) / t(T) (design §4); 1 is off."""
+
+    def rate(nodes: int) -> float:
+        return (expected_tokens(calibration, nodes) if nodes > 1 else 1.0) / times.trees[nodes]
+
+    return max(times.trees, key=rate)

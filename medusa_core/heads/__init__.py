@@ -1,1 +1,0 @@
-"""Draft heads behind one protocol."""

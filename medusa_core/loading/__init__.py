@@ -1,0 +1,1 @@
+"""From names and settings to the parts an engine is made of."""

@@ -1,0 +1,1 @@
+"""The language model behind one call, and its key/value cache."""

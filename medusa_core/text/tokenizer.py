@@ -1,0 +1,245 @@
+"""Finding and loading a model's tokenizer, chat template and generation defaults. No torch here.
+
+`PreTrainedTokenizerFast` is imported and never `AutoTokenizer`, which would import torch: the HTTP process
+tokenises too, and it must start fast and hold no accelerator.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from jinja2 import TemplateError, TemplateSyntaxError
+from transformers import PreTrainedTokenizerFast
+
+from medusa_core.errors import ConfigError, TokenizerError
+from medusa_core.sampling_params import SamplingParams
+from medusa_core.text.sentencepiece import convert_sentencepiece
+
+TEMPLATES = Path(__file__).parent / "templates"
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+# Everything but weights: what a process needs that tokenises and never runs the model.
+TOKENIZER_FILES = [
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "config.json",
+    "generation_config.json",
+    "*.jinja",
+]
+# A template is the model author's code run on a user's messages: these are its ways to fail on bad ones.
+TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationDefaults:
+    """Sampling values the model's author recommends in `generation_config.json`; None where they say nothing.
+
+    As in transformers, sampling values count only with `do_sample: true`, and an explicit `do_sample: false`
+    is greedy decoding (temperature 0). Unlike there, a value that is not in the file has no hidden default
+    (transformers would apply top-k 50).
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTokenizer:
+    """A tokenizer with what surrounds it: template, end-of-sequence ids, generation defaults.
+
+    `vocab_size` is the greatest id plus one, which may be less than the model's padded vocabulary. Safe to
+    share between threads.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+    generation_defaults: GenerationDefaults
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of the conversation in the chat template's format, ready for the assistant's turn.
+
+        The template alone decides about special tokens such as BOS. Raises TokenizerError with the
+        template's own words if it refuses the messages.
+        """
+        if self.tokenizer.chat_template is None:
+            raise TokenizerError(_NO_TEMPLATE)
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TEMPLATE_FAILURES as error:
+            raise TokenizerError(f"the chat template refuses these messages: {error}") from error
+        return self._encode(str(text), special=False)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text, with the special tokens the tokenizer puts around it (BOS)."""
+        return self._encode(text, special=True)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of `ids` without special tokens; `IncrementalDetokenizer` does the same piece by piece."""
+        return self.tokenizer.backend_tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def _encode(self, text: str, *, special: bool) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TokenizerError("the text holds half a surrogate pair, which is not valid Unicode") from None
+        # The backend itself: the wrapper changes truncation settings on every call, which threads must not.
+        # As a batch of one, because only batches leave Python's lock to other threads meanwhile; a megabyte
+        # takes a second.
+        batch = self.tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = batch[0].ids
+        return ids
+
+
+def load_chat_tokenizer(
+    model: str | Path, chat_template: str | None = None, *, require_template: bool = True
+) -> ChatTokenizer:
+    """Load from a local directory, which never touches the network, or by Hub name.
+
+    `chat_template` is the name of a built-in template or the path of a Jinja file; None takes the model's
+    own, or Vicuna's for a model of that name. Raises TokenizerError if there is no usable tokenizer or, with
+    `require_template`, no template.
+    """
+    directory = _locate(model)
+    config = _read_json(directory / "special_tokens_map.json") | _read_json(
+        directory / "tokenizer_config.json"
+    )
+    tokenizer = _load_tokenizer(directory, config)
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    if chat_template is not None:
+        tokenizer.chat_template = read_template(chat_template)
+    elif tokenizer.chat_template is None and "vicuna" in Path(model).resolve().name.lower():
+        tokenizer.chat_template = read_template("vicuna")
+    if require_template and tokenizer.chat_template is None:
+        raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
+    _check_template_syntax(tokenizer)
+    generation = _read_json(directory / "generation_config.json")
+    return ChatTokenizer(
+        tokenizer=tokenizer,
+        eos_token_ids=_eos_ids(tokenizer, generation or _read_json(directory / "config.json")),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,
+        generation_defaults=_generation_defaults(generation),
+    )
+
+
+def builtin_templates() -> list[str]:
+    """Names `chat_template` can have beside a path."""
+    return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
+
+
+def read_template(name: str) -> str:
+    """The text of a built-in template, or of a Jinja file."""
+    path = TEMPLATES / f"{name}.jinja" if name in builtin_templates() else Path(name)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        known = ", ".join(builtin_templates())
+        raise TokenizerError(
+            f"chat template {name!r} is neither built in ({known}) nor a readable file"
+        ) from error
+
+
+_NO_TEMPLATE = (
+    "the model has no chat template; set MEDUSA_CHAT_TEMPLATE to a built-in name "
+    f"({', '.join(builtin_templates())}) or to the path of a Jinja file"
+)
+
+
+def _locate(model: str | Path) -> Path:
+    """The local directory of a model's tokenizer files, downloaded if `model` is a Hub name."""
+    path = Path(model)
+    if path.is_dir():
+        return path
+    if isinstance(model, Path) or not HUB_NAME.fullmatch(model):
+        raise TokenizerError(f"there is no model directory {model}")
+    try:
+        return Path(snapshot_download(model, allow_patterns=TOKENIZER_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TokenizerError(
+            f"{model!r} is neither a local directory nor a model the Hub provides: {reason}"
+        ) from error
+
+
+def _load_tokenizer(directory: Path, config: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    if (directory / "tokenizer.json").exists():
+        try:
+            return PreTrainedTokenizerFast.from_pretrained(directory, local_files_only=True)
+        except Exception as error:  # the tokenizers library raises bare Exception
+            raise TokenizerError(f"{directory / 'tokenizer.json'} cannot be read: {error}") from error
+    if not (directory / "tokenizer.model").exists():
+        raise TokenizerError(f"{directory} holds neither tokenizer.json nor tokenizer.model")
+    tokenizer = convert_sentencepiece(directory / "tokenizer.model", config)
+    template = directory / "chat_template.jinja"
+    tokenizer.chat_template = (
+        read_template(str(template)) if template.exists() else config.get("chat_template")
+    )
+    return tokenizer
+
+
+def _check_template_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Now rather than at every request: no messages get through a template that does not compile.
+
+    What a template that compiles says to this one message is its own affair.
+    """
+    if tokenizer.chat_template is None:
+        return
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
+    except TemplateSyntaxError as error:
+        raise TokenizerError(
+            f"the chat template is broken in line {error.lineno}: {error.message}"
+        ) from error
+    except TEMPLATE_FAILURES:
+        return
+
+
+def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:
+    """The tokenizer's end-of-sequence id and those of the model's (generation) configuration."""
+    declared = config.get("eos_token_id")
+    ids = (tokenizer.eos_token_id, *(declared if isinstance(declared, list) else [declared]))
+    return frozenset(i for i in ids if isinstance(i, int))
+
+
+def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
+    if config.get("do_sample") is False:
+        return GenerationDefaults(temperature=0.0)
+    if not config.get("do_sample"):
+        return GenerationDefaults()
+    names = ("temperature", "top_p", "top_k", "min_p")
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TokenizerError(f"generation_config.json: {name} must be a number, not {value!r}")
+    if isinstance(values.get("top_k"), float):
+        raise TokenizerError(f"generation_config.json: top_k must be a whole number, not {values['top_k']}")
+    try:
+        SamplingParams(**values)
+    except ConfigError as error:
+        raise TokenizerError(f"generation_config.json: {error}") from error
+    return GenerationDefaults(**values)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, empty if there is no such file."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise TokenizerError(f"{path} cannot be read: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} must hold a JSON object")
+    return value

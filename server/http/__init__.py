@@ -1,0 +1,1 @@
+"""HTTP around the application: middleware, API keys, limits, sockets."""

@@ -1,0 +1,1 @@
+"""A request from its body to its answer: prompt, generation, streaming."""

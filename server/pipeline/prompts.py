@@ -1,0 +1,120 @@
+"""From a valid request body to token ids and sampling parameters.
+
+Everything a request is checked for before it is admitted. Templates and tokenisation run in a thread, off the
+event loop.
+"""
+
+import asyncio
+import secrets
+from concurrent.futures import Executor
+from dataclasses import dataclass
+
+from medusa_core.errors import TokenizerError
+from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.tokenizer import ChatTokenizer
+from server import errors
+from server.schemas.chat import ChatMessage, ChatRequest, Speculation
+from server.workers.messages import ModelInfo
+
+TREES_WITHOUT_HEADS = ("dynamic", "static")  # harmless there: nothing is drafted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """What the engine and the text stage need of a request."""
+
+    prompt_ids: list[int]
+    params: SamplingParams
+    stops: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptBuilder:
+    """Prepares requests for one loaded model. `defaults` come from its generation_config.json."""
+
+    chat: ChatTokenizer
+    info: ModelInfo
+    defaults: SamplingParams
+    default_mode: SpeculationMode
+    executor: Executor
+    timeout: float  # seconds; a template is somebody's code and may loop
+
+    async def prepare(self, body: ChatRequest) -> PreparedRequest:
+        """Raises a 400 `ApiError` naming the parameter, or a 503 when time is up."""
+        check_combinations(body)
+        params = self._params(body)
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self.timeout):
+                prompt_ids = await loop.run_in_executor(
+                    self.executor, self.chat.render, _template_messages(body.messages)
+                )
+        except TimeoutError:
+            raise errors.unavailable("The prompt could not be prepared in time.", "prompt_timeout") from None
+        except TokenizerError as error:
+            raise errors.invalid(str(error), param="messages") from error
+        self._check_length(len(prompt_ids))
+        return PreparedRequest(
+            prompt_ids=prompt_ids, params=params, stops=tuple(dict.fromkeys(body.stop or ()))
+        )
+
+    def _params(self, body: ChatRequest) -> SamplingParams:
+        defaults = self.defaults
+        return SamplingParams(
+            max_tokens=self._max_tokens(body),
+            temperature=defaults.temperature if body.temperature is None else body.temperature,
+            top_p=defaults.top_p if body.top_p is None else body.top_p,
+            top_k=defaults.top_k if body.top_k is None else body.top_k,
+            min_p=defaults.min_p if body.min_p is None else body.min_p,
+            # A negative seed is the unsigned one of the same bits.
+            seed=secrets.randbits(64) if body.seed is None else body.seed & MAX_SEED,
+            speculation=self._speculation(body.speculation or Speculation()),
+        )
+
+    def _speculation(self, given: Speculation) -> SpeculationParams:
+        trees = self.info.trees or TREES_WITHOUT_HEADS
+        if given.tree not in trees:
+            raise errors.invalid(
+                f"There is no draft tree of this name; choose one of {', '.join(trees)}.",
+                param="speculation.tree",
+            )
+        mode = self.default_mode if given.mode is None else SpeculationMode(given.mode)
+        return SpeculationParams(mode=mode, tree=given.tree, epsilon=given.epsilon, delta=given.delta)
+
+    def _max_tokens(self, body: ChatRequest) -> int | None:
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        value = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+        if value is not None and value > self.info.context_length:
+            limit = self.info.context_length
+            raise errors.invalid(
+                f"{name} is too large: {value}. The context length is {limit} tokens.", param=name
+            )
+        return value
+
+    def _check_length(self, num_tokens: int) -> None:
+        limit = self.info.context_length
+        if num_tokens >= limit:
+            raise errors.invalid(
+                f"This model's maximum context length is {limit} tokens, answer included, but your messages "
+                f"have {num_tokens}. Please shorten them.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+
+
+def check_combinations(body: ChatRequest) -> None:
+    """Refuse parameters that contradict each other."""
+    if body.stream_options is not None and not body.stream:
+        raise errors.invalid("stream_options is only allowed with stream: true.", param="stream_options")
+    if body.max_tokens is not None and body.max_completion_tokens not in (None, body.max_tokens):
+        raise errors.invalid(
+            "max_tokens and max_completion_tokens differ; give one of them.", param="max_tokens"
+        )
+
+
+def _template_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """What templates know: OpenAI's developer role is its newer name for system."""
+    return [
+        {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+        for message in messages
+    ]

@@ -1,0 +1,1 @@
+"""Queue, worker processes, and what crosses the boundary between them."""

@@ -1,0 +1,234 @@
+"""One worker's position: its incarnations one after the other, restarts with back-off, and what is a hang."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+from medusa_core.engine.outputs import StepOutput
+from medusa_core.sampling_params import SamplingParams
+from server.observability.metrics import ServerMetrics
+from server.workers.messages import Event, Loading, ModelInfo, Ready, Rejected, StartFailed, Step
+from server.workers.process import WorkerProcess
+from server.workers.scheduler import WorkerPort
+from server.workers.worker import WorkerConfig
+
+logger = logging.getLogger(__name__)
+
+FIRST_BACKOFF = 0.5  # seconds, doubled for each restart in a row without a completed step
+MAX_BACKOFF = 30.0
+
+
+class WorkerListener(Protocol):
+    """Who is told what workers do; the scheduler."""
+
+    def worker_ready(self, worker: WorkerPort) -> None:
+        """It takes requests."""
+
+    def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
+        """Tokens for one request."""
+
+    def worker_rejected(self, worker: WorkerPort, request_id: str, message: str, param: str | None) -> None:
+        """One request was refused."""
+
+    def worker_lost(self, worker: WorkerPort) -> None:
+        """It is gone, and what ran on it too."""
+
+    def workers_gone(self) -> None:
+        """No worker is left and none will come."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolPolicy:
+    """`restart_limit`: restarts in a row without a completed step; `stall_timeout`: seconds a busy worker may
+    be silent, `load_timeout`: one that loads."""
+
+    restart_limit: int
+    stall_timeout: float
+    load_timeout: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """Why an incarnation ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
+
+    reason: str = "crash"
+    text: str = "the worker died"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What the first worker said of its engine."""
+
+    info: ModelInfo
+    defaults: SamplingParams
+
+
+class ReplicaOwner(Protocol):
+    """The pool, as its replicas see it."""
+
+    policy: PoolPolicy
+    listener: WorkerListener
+    metrics: ServerMetrics
+    is_stopping: bool
+
+    @property
+    def has_one_worker(self) -> bool:
+        """Whether there are no others."""
+
+    def next_generation(self) -> int:
+        """A number no worker has had."""
+
+    def note_ready(self, served: ServedModel) -> None:
+        """A worker has loaded."""
+
+    def note_given_up(self) -> None:
+        """A replica will not start again."""
+
+
+class Replica:
+    """The position of one worker: its current incarnation and the account of restarts."""
+
+    def __init__(self, pool: ReplicaOwner, config: WorkerConfig) -> None:
+        self._pool = pool
+        self._config = config
+        self._restarts_in_row = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._failure = Failure()
+        self.worker: WorkerProcess | None = None
+        self.has_started = False  # a worker has been ready here at least once
+        self.is_ready = False
+        self.given_up: str | None = None  # why there will be no further restart
+
+    def start(self) -> None:
+        """Spawn the next incarnation."""
+        self._timer = None
+        self._failure = Failure()
+        self.worker = WorkerProcess(
+            self._config, self._pool.next_generation(), self._handle_event, self._handle_exit
+        )
+        try:
+            self.worker.start()
+        except OSError as error:
+            self._failure = Failure("load", f"no worker process could be started: {error}")
+            self._fail()
+
+    @property
+    def state(self) -> str:
+        """One of `WORKER_STATES`."""
+        if self.given_up is not None:
+            return "failed"
+        return "ready" if self.is_ready else "starting"
+
+    @property
+    def stage(self) -> str:
+        """What a starting worker is doing."""
+        if self.worker is None:
+            return "waiting to be restarted"
+        return self.worker.stage if self._failure == Failure() else self._failure.text
+
+    @property
+    def is_stalled(self) -> bool:
+        """Whether it loads or has requests, and nothing has come of it for too long."""
+        worker = self.worker
+        if worker is None or self._silence() <= self._patience():
+            return False
+        worker.poll_events()  # the silence may have been this process's own
+        return self._silence() > self._patience()
+
+    def kill_stalled(self) -> None:
+        assert self.worker is not None
+        what = "a step" if self.is_ready else f"progress in loading ({self.worker.stage})"
+        reason = "hang" if self.is_ready else "load"
+        self._failure = Failure(reason, f"the worker was killed after {self._patience():g} s without {what}")
+        logger.error("%s", self._failure.text)
+        self.is_ready = False
+        self.worker.kill()
+        # Not only at its exit: a process that hangs inside a driver may not end for a long time.
+        self._pool.listener.worker_lost(self.worker)
+
+    def _silence(self) -> float:
+        """Seconds without progress, as far as there was something to do."""
+        worker = self.worker
+        if worker is None or (self.is_ready and not worker.is_busy):
+            return 0.0
+        return time.monotonic() - worker.last_progress
+
+    def _patience(self) -> float:
+        policy = self._pool.policy
+        return policy.stall_timeout if self.is_ready else policy.load_timeout
+
+    def kill(self) -> None:
+        self._cancel_restart()
+        if self.worker is not None:
+            self.worker.kill()
+
+    async def stop(self) -> None:
+        self._cancel_restart()
+        if self.worker is not None:
+            await self.worker.stop()
+
+    def _cancel_restart(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    @property
+    def _level(self) -> int:
+        # At the first start of a lone worker its failure ends the server with this very text; once is enough.
+        return logging.ERROR if self.has_started or not self._pool.has_one_worker else logging.DEBUG
+
+    def _handle_event(self, worker: WorkerProcess, event: Event) -> None:
+        listener = self._pool.listener
+        match event:
+            case Loading(stage=stage):
+                logger.debug("worker %d: %s", worker.generation, stage)
+            case Ready(info=info, defaults=defaults):
+                self.has_started = self.is_ready = True
+                self._pool.note_ready(ServedModel(info, defaults))
+                listener.worker_ready(worker)
+            case StartFailed(message=message):
+                self._failure = Failure("load", message)
+            case Step(output=output):
+                self._restarts_in_row = 0
+                if output is not None:
+                    listener.worker_output(worker, output)
+            case Rejected(request_id=request_id, message=message, param=param):
+                listener.worker_rejected(worker, request_id, message, param)
+
+    def _handle_exit(self, worker: WorkerProcess) -> None:
+        self.worker = None
+        self.is_ready = False
+        listener = self._pool.listener
+        listener.worker_lost(worker)
+        if self._pool.is_stopping:
+            return
+        logger.log(
+            self._level,
+            "worker %d ended (exit code %s): %s",
+            worker.generation,
+            worker.exit_code,
+            self._failure.text,
+        )
+        self._fail()
+
+    def _fail(self) -> None:
+        """Restart after a while, or never."""
+        self.worker = None
+        if not self.has_started:
+            # Nothing has worked yet: a wrong setting, most likely, which a restart does not mend.
+            self._give_up(self._failure.text)
+        elif self._restarts_in_row >= self._pool.policy.restart_limit:
+            count = self._restarts_in_row
+            self._give_up(f"{self._failure.text}; given up after {count} restarts without a completed step")
+        else:
+            delay = min(MAX_BACKOFF, FIRST_BACKOFF * 2**self._restarts_in_row)
+            self._restarts_in_row += 1
+            self._pool.metrics.worker_restarts[self._failure.reason].inc()
+            logger.warning("worker restart %d in %.1f s", self._restarts_in_row, delay)
+            self._timer = asyncio.get_running_loop().call_later(delay, self.start)
+
+    def _give_up(self, reason: str) -> None:
+        self.given_up = reason
+        logger.log(self._level, "no further restart: %s", reason)
+        self._pool.note_given_up()

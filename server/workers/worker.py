@@ -1,0 +1,245 @@
+"""The worker process: owns the engine, obeys commands from one pipe and reports events through another.
+
+It ignores SIGINT, SIGTERM and SIGHUP, which go to the whole process group, and leaves on a `Shutdown`, when
+the command pipe ends, or when the parent is gone. An engine error that is not one request's own ends the
+process, since its state is unknown then.
+"""
+
+import logging
+import os
+import select
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import parent_process
+from multiprocessing.connection import Connection, wait
+from typing import Any, Protocol
+
+import msgspec
+
+from medusa_core.config import EngineConfig
+from medusa_core.engine.outputs import StepOutput
+from medusa_core.errors import ConfigError, MedusaError, TreeError
+from medusa_core.sampling_params import SamplingParams
+from server.observability.logging import COMPLETION_ID, LogFormat, adopt_libraries, configure_logging
+from server.workers.messages import (
+    Abort,
+    Command,
+    Event,
+    Loading,
+    ModelInfo,
+    Ready,
+    Rejected,
+    Shutdown,
+    StartFailed,
+    Step,
+    Submit,
+    clip,
+    decode_command,
+    encode_event,
+)
+
+logger = logging.getLogger(__name__)
+
+START_FAILED_EXIT = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """What a worker needs to start. `heads` None: those found beside the model; "none": none.
+
+    `num_workers`: how many there are; those on the CPU share its cores.
+    """
+
+    model: str
+    heads: str | None
+    engine: EngineConfig
+    log_level: str
+    log_format: LogFormat = "text"
+    num_workers: int = 1
+
+
+class WorkerEngine(Protocol):
+    """The part of `medusa_core.engine.engine.Engine` the loop uses."""
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do."""
+
+    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+        """Take a request into a slot; raises a `MedusaError` that is this request's own."""
+
+    def abort(self, request_id: str) -> bool:
+        """Free a slot."""
+
+    def step(self) -> list[StepOutput]:
+        """One step of one slot."""
+
+
+class Outbox:
+    """Events on their way to the API process. A slow reader never holds up decoding: frames wait here."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._frames: deque[bytes] = deque()
+        self._writable = select.poll()
+        self._writable.register(connection.fileno(), select.POLLOUT)
+
+    @property
+    def has_backlog(self) -> bool:
+        return bool(self._frames)
+
+    def fileno(self) -> int:
+        """The pipe's descriptor, to wait for room in it."""
+        return self._connection.fileno()
+
+    def put(self, event: Event) -> None:
+        self._frames.append(encode_event(event))
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what the pipe takes without blocking. Raises `BrokenPipeError` when the reader is gone."""
+        while self._frames and self._writable.poll(0):
+            self._connection.send_bytes(self._frames.popleft())
+
+
+class WorkerLoop:
+    """Commands in, steps out, until told to leave."""
+
+    def __init__(
+        self,
+        engine: WorkerEngine,
+        generation: int,
+        commands: Connection,
+        outbox: Outbox,
+        client_ids: dict[str, str] | None = None,
+    ) -> None:
+        self._engine = engine
+        self._client_ids = {} if client_ids is None else client_ids
+        self._generation = generation
+        self._commands = commands
+        self._outbox = outbox
+        self._readable = select.poll()
+        self._readable.register(commands.fileno(), select.POLLIN)
+        self._any = select.poll()
+        self._any.register(commands.fileno(), select.POLLIN)
+        self._any.register(outbox.fileno(), select.POLLOUT)
+
+    def run(self) -> None:
+        """Returns on `Shutdown`; raises `EOFError` or `BrokenPipeError` when the API process is gone."""
+        while True:
+            if not self._engine.has_work:
+                self._sleep()
+            while self._readable.poll(0):
+                command = decode_command(self._commands.recv_bytes())
+                if isinstance(command, Shutdown):
+                    return
+                self._obey(command)
+            if self._engine.has_work:
+                self._step()
+            self._outbox.flush()
+
+    def _sleep(self) -> None:
+        """Until there is a command, or room in the pipe for what is left to send."""
+        (self._any if self._outbox.has_backlog else self._readable).poll()
+
+    def _step(self) -> None:
+        outputs = self._engine.step()
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._client_ids.pop(output.request_id, None)
+            if output.error is not None:
+                self._outbox.put(Step(self._generation, replace(output, error=clip(output.error))))
+            else:
+                self._outbox.put(Step(self._generation, output))
+        if not outputs:
+            self._outbox.put(Step(self._generation, None))
+
+    def _obey(self, command: Command) -> None:
+        match command:
+            case Submit(generation=generation) if generation != self._generation:
+                ids = {COMPLETION_ID: command.request_id}
+                logger.error("a request was meant for worker generation %d", generation, extra=ids)
+            case Submit(request_id=request_id, prompt_ids=prompt_ids, params=params):
+                self._client_ids[request_id] = command.client_id
+                try:
+                    self._engine.add(request_id, prompt_ids, params)
+                except MedusaError as error:
+                    self._client_ids.pop(request_id)
+                    self._outbox.put(Rejected(self._generation, request_id, clip(str(error)), _param(error)))
+            case Abort(request_id=request_id):
+                self._engine.abort(request_id)
+                self._client_ids.pop(request_id, None)
+            case Shutdown():
+                raise AssertionError("the loop handles Shutdown itself")
+
+
+def worker_main(config: WorkerConfig, generation: int, commands: Connection, events: Connection) -> None:
+    """Entry point of the process."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    client_ids: dict[str, str] = {}  # of the requests that are here, by completion id
+    configure_logging(config.log_level, config.log_format, worker=generation, client_ids=client_ids)
+    _leave_with_parent()
+    try:
+        outbox = Outbox(events)
+        engine = _build_engine(config, generation, events)
+        outbox.put(Ready(generation, _describe(engine), engine.default_params()))
+        WorkerLoop(engine, generation, commands, outbox, client_ids).run()
+    except (EOFError, BrokenPipeError):
+        logger.debug("worker %d leaves: the API process is gone", generation)
+    except Exception:  # multiprocessing would print it past the log
+        logger.critical("worker %d ends by an error", generation, exc_info=True)
+        sys.exit(1)
+
+
+def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> Any:
+    """The engine, or no return: a failure is reported as an event and ends the process."""
+
+    def tell(stage: str) -> None:
+        events.send_bytes(encode_event(Loading(generation, clip(stage))))
+
+    tell("importing libraries")
+    if config.num_workers > 1:
+        # Torch reads it when it is imported. Workers that each take all cores spin against each other.
+        cores = len(os.sched_getaffinity(0))
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // config.num_workers)))
+    # Only here: the API process imports this module, and must not import torch.
+    from medusa_core.engine.engine import Engine
+
+    adopt_libraries()
+
+    try:
+        return Engine.from_pretrained(config.model, heads=config.heads, config=config.engine, on_stage=tell)
+    except (MedusaError, OSError, ValueError, RuntimeError, MemoryError) as error:
+        logger.debug("the engine could not be built", exc_info=True)
+        text = str(error) if isinstance(error, MedusaError) else f"{type(error).__name__}: {error}"
+        events.send_bytes(encode_event(StartFailed(generation, clip(f"cannot load {config.model}: {text}"))))
+        sys.exit(START_FAILED_EXIT)
+
+
+def _describe(engine: Any) -> ModelInfo:
+    info = msgspec.convert(asdict(engine.info), ModelInfo)
+    return msgspec.structs.replace(info, model=clip(info.model), heads=info.heads and clip(info.heads))
+
+
+def _param(error: MedusaError) -> str | None:
+    """The request's parameter an engine error is about, where its type tells."""
+    if isinstance(error, TreeError):
+        return "speculation.tree"
+    return None if isinstance(error, ConfigError) else "messages"
+
+
+def _leave_with_parent() -> None:
+    """Watch the parent from a thread: it may die while the model loads or while a step runs for minutes."""
+    parent = parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(0)
+
+    threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -1,0 +1,37 @@
+"""The seed dialogues of examples/own_model. `make example` runs the whole of it."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from medusa_core.distillation.seeds import load_seeds
+
+SCRIPT = Path(__file__).parents[3] / "examples" / "own_model" / "seed_prompts.py"
+
+
+@pytest.fixture(scope="module")
+def seed_prompts() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("seed_prompts", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_seeds_are_dialogues_to_ask(seed_prompts: ModuleType, tmp_path: Path) -> None:
+    seed_prompts.write_seeds(tmp_path / "a.jsonl", 200, 0)
+    seed_prompts.write_seeds(tmp_path / "b.jsonl", 200, 0)
+    seed_prompts.write_seeds(tmp_path / "other.jsonl", 200, 1)
+    text = (tmp_path / "a.jsonl").read_text()
+    assert text == (tmp_path / "b.jsonl").read_text()
+    lines, others = set(text.splitlines()), set((tmp_path / "other.jsonl").read_text().splitlines())
+    assert len(lines) == 200
+    assert len(lines & others) < 10  # held out in earnest
+    seeds = load_seeds([tmp_path / "a.jsonl"], strict=True)
+    turns = [message["content"] for d in seeds.dialogues for group in d.groups for message in group]
+    assert {len(d.groups) for d in seeds.dialogues} == {2, 3}
+    assert all(turn[0].isupper() and "{" not in turn for turn in turns)
+    assert not [turn for turn in turns if " a a" in turn or " a e" in turn or " a o" in turn]

@@ -1,0 +1,104 @@
+"""Step times: what is measured and in which order, the baseline between contexts, and the fastest tree."""
+
+import pytest
+
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.tree import expected_acceptance_length, grow_tree
+from medusa_core.engine.step_times import (
+    BASELINE_CONTEXTS,
+    MAX_REPEATS,
+    MIN_REPEATS,
+    StepTimes,
+    expected_tokens,
+    fastest_size,
+    measure_step_times,
+)
+
+
+class MadeUpMachine:
+    """A step costs what a table says, with every third call of a point disturbed."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, nodes: int, context: int) -> float:
+        self.calls.append((nodes, context))
+        disturbed = self.calls.count((nodes, context)) % 3 == 0
+        return 0.001 * nodes + 1e-6 * context + (1.0 if disturbed else 0.0)
+
+
+def test_measured_points_are_medians_of_interleaved_rounds() -> None:
+    machine = MadeUpMachine()
+    times = measure_step_times(machine, 2000, (4, 16))
+    assert times.baseline == pytest.approx({32: 0.001032, 256: 0.001256, 1024: 0.002024})
+    assert times.trees == pytest.approx({1: 0.001256, 4: 0.004256, 16: 0.016256})
+    points = [(1, 32), (1, 256), (1, 1024), (4, 256), (16, 256)]
+    starts = range(0, len(machine.calls), 5)
+    assert all(machine.calls[start : start + 5] == points for start in starts)
+    assert MIN_REPEATS + 1 <= len(machine.calls) / 5 <= MAX_REPEATS + 1  # and a round to warm up
+
+
+@pytest.mark.parametrize(
+    ("max_context", "contexts"),
+    [
+        (2, [1]),
+        (20, [10]),
+        (33, [32]),
+        (256, [32]),
+        (257, [32, 256]),
+        (10**6, list(BASELINE_CONTEXTS)),
+        (0, [1]),
+    ],
+)
+def test_contexts_fit(max_context: int, contexts: list[int]) -> None:
+    machine = MadeUpMachine()
+    times = measure_step_times(machine, max_context, (8,))
+    assert list(times.baseline) == contexts
+    assert set(times.trees) == {1, 8}
+    assert (8, min(256, contexts[-1])) in machine.calls
+
+
+@pytest.mark.parametrize(
+    ("context", "seconds"),
+    [(0, 1.0), (10, 1.0), (32, 1.0), (33, 1.5), (34, 2.0), (44, 3.0), (54, 4.0), (1000, 4.0)],
+)
+def test_baseline_between_contexts(context: int, seconds: float) -> None:
+    times = StepTimes(baseline={54: 4.0, 32: 1.0, 34: 2.0})
+    assert times.baseline_seconds(context) == pytest.approx(seconds)
+
+
+def test_nothing_measured_is_no_baseline() -> None:
+    assert StepTimes().baseline_seconds(100) == 0.0
+    assert StepTimes(baseline={256: 0.5}).baseline_seconds(1) == 0.5
+
+
+ACCURACIES = ((0.6, 0.2, 0.1), (0.5, 0.2), (0.4, 0.2))
+CALIBRATED = HeadCalibration(
+    accuracies=ACCURACIES, expected={"dynamic": {4: 2.0, 8: 2.4, 16: 2.6}, "static": {4: 1.9}}
+)
+
+
+@pytest.mark.parametrize(("nodes", "tokens"), [(4, 2.0), (6, 2.2), (8, 2.4), (10, 2.45), (16, 2.6)])
+def test_expected_tokens_are_the_measured_ones(nodes: int, tokens: float) -> None:
+    assert expected_tokens(CALIBRATED, nodes) == pytest.approx(tokens)
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 24])
+def test_expected_tokens_outside_what_was_measured_are_estimated(nodes: int) -> None:
+    estimate = expected_acceptance_length(grow_tree(ACCURACIES, nodes), ACCURACIES)
+    assert expected_tokens(CALIBRATED, nodes) == estimate
+    assert expected_tokens(HeadCalibration(accuracies=ACCURACIES), nodes) == estimate
+    assert expected_tokens(CALIBRATED, 4, "static") == 1.9
+
+
+@pytest.mark.parametrize(
+    ("trees", "fastest"),
+    [
+        ({1: 1.0, 4: 1.1, 8: 1.2, 16: 1.25}, 16),  # wide steps are nearly free
+        ({1: 1.0, 4: 1.1, 8: 1.2, 16: 1.5}, 8),
+        ({1: 1.0, 4: 1.1, 8: 1.5, 16: 2.5}, 4),
+        ({1: 1.0, 4: 2.1, 8: 2.5, 16: 3.0}, 1),  # no tree pays
+    ],
+)
+def test_fastest_size(trees: dict[int, float], fastest: int) -> None:
+    assert fastest_size(StepTimes(trees=trees), CALIBRATED) == fastest

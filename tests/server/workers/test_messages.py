@@ -1,0 +1,91 @@
+"""Messages between the processes: nothing is lost on the way, and events fit a pipe's atomic write."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medusa_core.engine.outputs import FinishReason, StepOutput, StepStats
+from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
+from server.workers.messages import (
+    MAX_EVENT,
+    MAX_TEXT,
+    Abort,
+    ModelInfo,
+    Ready,
+    Rejected,
+    Shutdown,
+    StartFailed,
+    Step,
+    Submit,
+    clip,
+    decode_command,
+    decode_event,
+    encode_command,
+    encode_event,
+)
+
+PARAMS = SamplingParams(
+    max_tokens=5,
+    temperature=0.7,
+    top_k=3,
+    top_p=0.9,
+    min_p=0.1,
+    seed=MAX_SEED,
+    stop_token_ids=(1, 2),
+    ignore_eos=True,
+    speculation=SpeculationParams(mode=SpeculationMode.TYPICAL, tree="static", epsilon=0.2, delta=0.4),
+)
+INFO = ModelInfo(
+    model="m", heads=None, num_heads=0, parameters=10**11, context_length=8, vocab_size=9, dtype="float32",
+    device="cpu", tree_nodes=1, trees=("dynamic",), slots=2,
+)  # fmt: skip
+STATS = StepStats(
+    mode=SpeculationMode.EXACT,
+    is_prefill=False,
+    seconds=0.1,
+    propose_seconds=0.01,
+    drafted=(4, 2),
+    accepted=(1, 0),
+)
+
+
+@pytest.mark.parametrize("command", [Submit(3, "r", [1, 2, 70000], PARAMS), Abort(3, "r"), Shutdown()])
+def test_commands_survive(command):
+    assert decode_command(encode_command(command)) == command
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        Ready(1, INFO, PARAMS),
+        StartFailed(1, "no weights"),
+        Rejected(2, "r", "too long", "messages"),
+        Step(2, None),
+        Step(2, StepOutput(request_id="r", token_ids=(1, 2), stats=STATS)),
+        Step(2, StepOutput(request_id="r", token_ids=(), finish_reason=FinishReason.STOP, stop_token_id=4)),
+    ],
+)
+def test_events_survive(event):
+    assert decode_event(encode_event(event)) == event
+
+
+@given(st.text(min_size=1, max_size=3000))
+def test_clipped_texts_fit_an_event(text):
+    clipped = clip(text)
+    assert len(clipped.encode()) <= MAX_TEXT
+    assert "\n" not in clipped
+    info = ModelInfo(
+        **{name: getattr(INFO, name) for name in INFO.__struct_fields__}
+        | {"model": clipped, "heads": clipped}
+    )
+    assert len(encode_event(Ready(1, info, PARAMS))) <= MAX_EVENT
+
+
+def test_clipping_keeps_short_texts_and_marks_cut_ones():
+    assert clip("one\n two") == "one two"
+    assert clip("é" * 5000).endswith("é…")
+
+
+def test_an_event_that_does_not_fit_is_a_bug():
+    with pytest.raises(AssertionError):
+        encode_event(StartFailed(1, "x" * 5000))
