@@ -77,13 +77,13 @@ def measure(
     with httpx.Client(base_url=url, timeout=600.0) as client:
         name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
         stream(client, name, prompts[0], max_tokens)  # warm-up, uncounted
-        run(engine.chat.render(prompts[0].messages), params)
+        run(engine.chat_tokenizer.render(prompts[0].messages), params)
         turn = 0
         for prompt in prompts:
             for _ in range(repeats):
                 if turn % 2:
                     streamed.append(stream(client, name, prompt, max_tokens))
-                own.append(run(engine.chat.render(prompt.messages), params))
+                own.append(run(engine.chat_tokenizer.render(prompt.messages), params))
                 if not turn % 2:
                     streamed.append(stream(client, name, prompt, max_tokens))
                 turn += 1

@@ -102,7 +102,7 @@ def fitting_prompts(
     fitting: list[list[int]] = []
     for prompt in prompts:
         try:
-            ids = engine.chat.render(prompt.messages)
+            ids = engine.chat_tokenizer.render(prompt.messages)
         except TokenizerError as error:
             raise DataError(f"{prompt.origin}: {error}") from error
         if len(ids) + max_tokens <= context:

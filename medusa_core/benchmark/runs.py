@@ -71,7 +71,7 @@ def hf_runner(engine: Engine) -> Runner:
     tear-down of `generate` are left out of the decode time.
     """
     model = engine.backbone.model
-    eos_ids = sorted(engine.chat.eos_token_ids)
+    eos_ids = sorted(engine.chat_tokenizer.eos_token_ids)
 
     def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
         input_ids = torch.tensor([list(prompt_ids)], device=engine.backbone.device)

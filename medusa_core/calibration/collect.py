@@ -54,7 +54,7 @@ def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: Sampling
     for seed, messages in enumerate(prompts):
         seeded = replace(params, seed=params.known_seed + seed)
         try:
-            prompt_ids = engine.chat.render(messages)
+            prompt_ids = engine.chat_tokenizer.render(messages)
             outputs = list(engine.steps(prompt_ids, seeded))
         except CapacityError:
             raise  # the engine is busy with something else

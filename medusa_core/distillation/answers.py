@@ -58,7 +58,7 @@ class EngineAnswerer:
         from medusa_core.engine.answer import DecodeTotals, stream_answer
 
         try:
-            prompt = self._engine.chat.render(messages)
+            prompt = self._engine.chat_tokenizer.render(messages)
         except TokenizerError as error:
             raise RowError(str(error)) from error
         if len(prompt) >= self._engine.context_length:

@@ -47,7 +47,7 @@ class Engine:
 
     def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
         stages = Stages(on_stage)
-        self.config, self.backbone, self.chat = config, parts.backbone, parts.chat
+        self.config, self.backbone, self.chat_tokenizer = config, parts.backbone, parts.chat
         self.heads = parts.heads
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
@@ -105,7 +105,7 @@ class Engine:
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        return self.chat.tokenizer
+        return self.chat_tokenizer.tokenizer
 
     @property
     def num_free_slots(self) -> int:
@@ -135,7 +135,7 @@ class Engine:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's `generation_config.json` asks for."""
-        defaults = self.chat.generation_defaults
+        defaults = self.chat_tokenizer.generation_defaults
         given = {
             name: getattr(defaults, name)
             for name in ("temperature", "top_p", "top_k", "min_p")
@@ -151,7 +151,7 @@ class Engine:
             raise CapacityError(f"all {self.config.slots} slots are taken")
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
-            stop_ids |= self.chat.eos_token_ids
+            stop_ids |= self.chat_tokenizer.eos_token_ids
         self._active[request.request_id] = Sequence(
             request=request,
             slot=self._cache.acquire(),
@@ -241,13 +241,13 @@ class Engine:
 
     def _encode(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self.chat.encode(prompt)
+            return self.chat_tokenizer.encode(prompt)
         messages = [item for item in prompt if isinstance(item, Mapping)]
         if not messages:
             return list(prompt)  # type: ignore[arg-type]
         if len(messages) < len(prompt):
             raise RequestError("a prompt is text, token ids or messages, not a mixture of them")
-        return self.chat.render(messages)
+        return self.chat_tokenizer.render(messages)
 
     def _check_request(self, request: Request) -> None:
         ids = request.prompt_ids

@@ -28,7 +28,7 @@ class TextAssembler:
         return self.decode_tokens / self.decode_steps if self.decode_steps else None
 
     def push(self, token_ids: Sequence[int], *, is_prefill: bool = False) -> str:
-        """Take in one step's tokens; returns the text that is certain by now. `is_prefill`: of no decode step."""
+        """Take in one step's tokens; returns the text that is certain by now."""
         before = self.num_tokens
         text = self._push(token_ids)
         if not is_prefill and self.num_tokens > before:

@@ -110,7 +110,7 @@ def test_sampled_runs_agree_too(engine: Engine, prompts: list[Prompt]) -> None:
 
 def test_baseline_runs_without_speculation_and_medusa_with(engine: Engine, prompts: list[Prompt]) -> None:
     run = engine_runner(engine)
-    ids = engine.chat.render(prompts[0].messages)
+    ids = engine.chat_tokenizer.render(prompts[0].messages)
     off = run(
         ids,
         SamplingParams(
@@ -126,7 +126,7 @@ def test_baseline_runs_without_speculation_and_medusa_with(engine: Engine, promp
 
 def test_the_stop_token_counts_as_decoded(engine: Engine, prompts: list[Prompt]) -> None:
     run = engine_runner(engine)
-    ids = engine.chat.render(prompts[0].messages)
+    ids = engine.chat_tokenizer.render(prompts[0].messages)
     free = run(ids, GREEDY)
     stop = free.token_ids[4]
     first = free.token_ids.index(stop)
@@ -278,7 +278,7 @@ def test_inflated_engine_writes_the_same_text(
     assert big.info.parameters > engine.info.parameters
     assert big.info.num_heads == 3
     for prompt in prompts:
-        ids = engine.chat.render(prompt.messages)
+        ids = engine.chat_tokenizer.render(prompt.messages)
         own, wide = engine_runner(engine)(ids, GREEDY), engine_runner(big)(ids, GREEDY)
         assert own.token_ids == wide.token_ids
         assert [step.accepted for step in own.steps] == [step.accepted for step in wide.steps]

@@ -68,7 +68,7 @@ def test_greedy_equals_baseline_and_transformers(
             temperature=None,
             top_p=None,
         )[0, len(prompt) :].tolist()
-        if reference[-1] in engine.chat.eos_token_ids:
+        if reference[-1] in engine.chat_tokenizer.eos_token_ids:
             reference.pop()
         assert medusa.token_ids == baseline.token_ids == reference
         assert (medusa.finish_reason, medusa.stop_token_id) == (
