@@ -18,20 +18,31 @@ class SpeculationMode(StrEnum):
     OFF = "off"
 
 
+class DraftSourceName(StrEnum):
+    """Where drafts come from: draft heads, n-grams of the sequence so far, or both in one tree."""
+
+    HEADS = "heads"
+    NGRAM = "ngram"
+    BOTH = "both"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationParams:
-    """Per-request choice of acceptance rule and draft tree.
+    """Per-request choice of acceptance rule, draft source and draft tree.
 
-    `tree`: "dynamic", "static" or the name of a published tree. `epsilon` and `delta` (paper §2.3.1) matter
-    in typical mode only.
+    `tree`: "dynamic", "static" or the name of a published tree; only heads fill other trees than dynamic
+    ones. `epsilon` and `delta` (paper §2.3.1) matter in typical mode only.
     """
 
     mode: SpeculationMode = SpeculationMode.EXACT
+    source: DraftSourceName = DraftSourceName.HEADS
     tree: str = "dynamic"
     epsilon: float = TYPICAL_EPSILON
     delta: float = TYPICAL_DELTA
 
     def __post_init__(self) -> None:
+        _coerce(self, "mode", SpeculationMode)
+        _coerce(self, "source", DraftSourceName)
         for name in ("epsilon", "delta"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
 
@@ -80,6 +91,16 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _coerce(params: object, name: str, kind: type[StrEnum]) -> None:
+    """Let plain text stand for a member."""
+    value = getattr(params, name)
+    try:
+        object.__setattr__(params, name, kind(value))
+    except ValueError:
+        names = ", ".join(member.value for member in kind)
+        raise ConfigError(f"{name} must be one of {names}, not {value!r}") from None
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
