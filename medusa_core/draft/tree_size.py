@@ -46,9 +46,7 @@ class AdaptiveTreeSizes:
             # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
             with_heads = speculation.source is DraftSourceName.HEADS
             nodes = self._nodes if with_heads else max(self._nodes, NGRAM_NODES)
-            traffic = (
-                f"{speculation.mode}, {speculation.tree} tree, source {speculation.source}, {_band(band)}"
-            )
+            traffic = ", ".join((*kind[:2], f"{kind[2]} tree", _band(band)))
             self._by_kind[kind] = AdaptiveTreeSize(nodes, traffic)
         return self._by_kind[kind]
 

@@ -307,7 +307,7 @@ class Engine:
         self._tell_source(sequence, chunk, root, output.hidden_BTE[0], range(len(chunk)))
         timer.mark()
         stats = StepStats(
-            mode=sequence.params.speculation.mode if self._sources else SpeculationMode.OFF,
+            mode=self._planner.mode_of(sequence.params),
             is_prefill=True,
             seconds=sum(timer.seconds()),
             prompt_tokens=len(chunk),
@@ -323,7 +323,7 @@ class Engine:
         context = sequence.num_cached
         [row] = result.rows
         self._commit(sequence, row, result.hidden_BTE[0])
-        mode = sequence.params.speculation.mode if plan.source else SpeculationMode.OFF
+        mode = self._planner.mode_of(sequence.params) if plan.source else SpeculationMode.OFF
         stats = decode_stats(result, row, mode)
         per_token = self.step_times.baseline_seconds(context)
         output = emit(sequence, row.token_ids, row.origins, stats, per_token)

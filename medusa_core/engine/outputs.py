@@ -40,7 +40,7 @@ class StepStats:
 
 @dataclass(frozen=True, slots=True)
 class TokenExtras:
-    """What is told of one token besides its id. `origin`: who guessed it, "heads", "ngram" or else "model"."""
+    """What is told of a token besides its id. `origin`: who guessed it, "heads", "ngram" or else "model"."""
 
     origin: str
 

@@ -40,6 +40,10 @@ class StepPlanner:
             return None
         return self._sources.get(params.speculation.source)
 
+    def mode_of(self, params: SamplingParams) -> SpeculationMode:
+        """OFF also where there is nothing to draft with."""
+        return SpeculationMode.OFF if self.source_of(params) is None else params.speculation.mode
+
     def plan(self, sequence: Sequence) -> StepPlan:
         """Nothing is drafted where the budget or context ends: no draft could be kept, or have a position."""
         speculation = sequence.params.speculation
