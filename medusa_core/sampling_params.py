@@ -8,6 +8,11 @@ from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
 from medusa_core.errors import ConfigError
 
 MAX_SEED = 2**64 - 1
+# What the server and `medusa generate` take at most; the engine itself has wider limits.
+MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 2**31 - 1
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters
 
 
 class SpeculationMode(StrEnum):
@@ -16,6 +21,14 @@ class SpeculationMode(StrEnum):
     EXACT = "exact"
     TYPICAL = "typical"
     OFF = "off"
+
+
+class DraftSourceName(StrEnum):
+    """heads: the model's draft heads; ngram: continuations of n-grams of the text so far; both: one tree."""
+
+    HEADS = "heads"
+    NGRAM = "ngram"
+    BOTH = "both"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +40,7 @@ class SpeculationParams:
     """
 
     mode: SpeculationMode = SpeculationMode.EXACT
+    source: DraftSourceName = DraftSourceName.HEADS
     tree: str = "dynamic"
     epsilon: float = TYPICAL_EPSILON
     delta: float = TYPICAL_DELTA
@@ -80,6 +94,17 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def check_served(params: SamplingParams) -> None:
+    """Raise `ConfigError` for what the HTTP API would refuse too."""
+    _check_range("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    if params.top_k > MAX_TOP_K:
+        raise ConfigError(f"top_k must be at most {MAX_TOP_K}, not {params.top_k}")
+    if len(params.stop) > MAX_STOPS:
+        raise ConfigError(f"stop takes at most {MAX_STOPS} texts, not {len(params.stop)}")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in params.stop):
+        raise ConfigError(f"a stop text must have at most {MAX_STOP_LENGTH} characters")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

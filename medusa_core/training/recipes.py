@@ -5,13 +5,14 @@ Sources: the Medusa paper, §2.2 and its training configurations; the README of 
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from medusa_core.errors import ConfigError
+from medusa_core.option_field import option_of
 from medusa_core.training.config import JOINT_PANEL, JointMode, Recipe, TrainConfig, Tune
 
 _HYDRA: Mapping[str, Any] = {
@@ -46,7 +47,7 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
         raise ConfigError(f"{', '.join(missing)} must be given, as an option or in the --config file")
     recipe = given.get("recipe", Recipe.MEDUSA_1)
     if recipe != Recipe.MEDUSA_2:
-        joint = [spec.name for spec in fields(TrainConfig) if spec.metadata["panel"] == JOINT_PANEL]
+        joint = [spec.name for spec in fields(TrainConfig) if _panel(spec) == JOINT_PANEL]
         _refuse(given, joint, "recipe medusa-2, which trains the backbone too")
     if given.get("joint", JointMode.TWO_STAGE) != JointMode.TWO_STAGE:
         _refuse(given, ["stage_one"], "two-stage runs")
@@ -56,6 +57,11 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
     if recipe == Recipe.MEDUSA_2:
         defaults |= JOINT_MODES[given.get("joint", JointMode.TWO_STAGE)]
     return TrainConfig(**(defaults | given))
+
+
+def _panel(spec: Field[Any]) -> str | None:
+    described = option_of(spec)
+    return None if described is None else described.panel
 
 
 def _refuse(given: Mapping[str, Any], names: list[str], whose: str) -> None:
