@@ -1,4 +1,4 @@
-"""What a run leaves behind: heads or a whole model, and a report beside them."""
+"""Writes the result of a run: heads or a whole model, and a report beside them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,13 +11,11 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.model.backbone import quiet_transformers
 from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.adapters import ADAPTER_FOLDER, Tuned
-from medusa_core.training.arguments import as_json
 from medusa_core.training.building import training_dtype
 from medusa_core.training.config import TrainConfig
 from medusa_core.training.evaluation import HeadEvaluation
 from medusa_core.training.model import HeadTrainer
-
-REPORT_FILE = "training.json"
+from medusa_core.training.run_folder import REPORT_FILE, as_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,7 +19,7 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import DataError
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
-from medusa_core.training.arguments import HeadTrainingArguments, prepare_checkpoints, training_arguments
+from medusa_core.training.arguments import HeadTrainingArguments, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.building import build_backbone, build_heads, build_trainer_module, peak_bytes
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
@@ -29,9 +29,13 @@ from medusa_core.training.joint import JointTrainer
 from medusa_core.training.loop import HeadsTrainer, RampCallback
 from medusa_core.training.model import HeadTrainer
 from medusa_core.training.progress import ProgressReport
-from medusa_core.training.report import REPORT_FILE, TrainReport, save_result
-
-STAGE_ONE_FOLDER = "stage-1"
+from medusa_core.training.report import TrainReport, save_result
+from medusa_core.training.run_folder import (
+    REPORT_FILE,
+    STAGE_ONE_FOLDER,
+    cleaned_if_failed,
+    prepare_checkpoints,
+)
 
 log = logging.getLogger(__name__)
 
@@ -49,17 +53,23 @@ class _Task:
 def train_heads(config: TrainConfig, console: Console | None = None) -> TrainReport:
     """Train draft heads and write them to `config.out` with training.json; only process 0 writes.
 
-    Recipe medusa-2 writes the changed backbone there too, heads inside (format C). Progress is shown on
+    Recipe medusa-2 writes the changed backbone there too, heads inside (format C). A run that fails with
+    nothing to resume leaves no new files. Progress is shown on
     `console` (default: standard error) if it is a terminal, else logged. Raises `ConfigError`, `DataError`,
     `CheckpointError` or `TokenizerError`.
     """
     arguments = training_arguments(config)  # first: it says in one line what cannot be
-    checkpoint = prepare_checkpoints(config, arguments)
+    with cleaned_if_failed(config.out, is_first=arguments.process_index == 0):
+        return _train(config, arguments, console or Console(stderr=True))
+
+
+def _train(config: TrainConfig, arguments: HeadTrainingArguments, console: Console) -> TrainReport:
+    checkpoint = prepare_checkpoints(config, is_first=arguments.process_index == 0)
     chat = load_chat_tokenizer(config.model, config.chat_template)
     examples = load_examples(config.data, chat, sequence_length=config.sequence_length, strict=config.strict)
     training, held_out = split_examples(examples, config.val_fraction, config.seed)
     log.info("%d dialogues to train on, %d held out", len(training), len(held_out))
-    task = _Task(chat, training, held_out, console or Console(stderr=True))
+    task = _Task(chat, training, held_out, console)
     if config.is_joint and config.joint == JointMode.TWO_STAGE and config.heads is None:
         second = _train_stage_one(config, task)
         return _run(second, task, training_arguments(second), checkpoint, recorded=config)
@@ -82,7 +92,9 @@ def _train_stage_one(config: TrainConfig, task: _Task) -> TrainConfig:
         gradient_checkpointing=False,
     )
     arguments = training_arguments(stage)
-    checkpoint = prepare_checkpoints(stage, arguments)  # checks that a finished stage had these settings
+    checkpoint = prepare_checkpoints(
+        stage, is_first=arguments.process_index == 0
+    )  # checks that a finished stage had these settings
     if not (config.resume and (folder / REPORT_FILE).exists()):
         log.info("stage 1: heads alone")
         _run(stage, task, arguments, checkpoint, recorded=stage)

@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from medusa_core.checkpoints import load_heads
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.errors import ConfigError, DataError
+from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from medusa_core.training.batches import ExampleDataset
@@ -199,10 +200,44 @@ def test_folders_that_cannot_take_the_result(config: TrainConfig, tmp_path: Path
     (tmp_path / "late" / "checkpoints" / "checkpoint-1").touch()
     with pytest.raises(DataError, match="cannot write to .*late: .*File exists"):
         train_heads(replace(config, out=tmp_path / "late", max_steps=1))
+    assert tree(tmp_path / "late") == {"checkpoints", "checkpoints/checkpoint-1"}
     with pytest.raises(ConfigError, match="is the model's own folder"):
         train_heads(replace(config, out=Path(config.model)))
     with pytest.raises(ConfigError, match="holds a whole model"):
         train_heads(replace(config, model="another/model", out=Path(config.model)))
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": ("missing.jsonl",)}, {"draft_vocab": 10**6}, {"heads": "missing"}],
+    ids=["reading data", "making heads", "loading heads"],
+)
+def test_a_run_that_fails_leaves_no_folder(config: TrainConfig, change: dict[str, Any]) -> None:
+    out = config.out / "new" / "heads"
+    failing = replace(config, out=out, **change)
+    with pytest.raises(MedusaError):
+        train_heads(failing)
+    assert not config.out.exists()
+    (out / "mine").mkdir(parents=True)
+    with pytest.raises(MedusaError):
+        train_heads(failing)
+    assert tree(config.out) == {"new", "new/heads", "new/heads/mine"}
+
+
+def test_a_run_that_fails_keeps_what_can_be_resumed(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    in_the_way = config.out / "medusa_lm_head.safetensors"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(DataError, match="cannot write to"):
+        train_heads(config)
+    assert (config.out / "checkpoints" / "checkpoint-2").is_dir()
+    in_the_way.rmdir()
+    assert train_heads(replace(config, resume=True)).steps == 2
+    assert in_the_way.is_file()
 
 
 def test_finished_heads_learn_no_more_and_new_ones_are_not_calibrated_yet(config: TrainConfig) -> None:
