@@ -66,7 +66,7 @@ def parameter(name: str, kind: Any, described: Option, default: Any = MISSING) -
     flag = described.flag or f"--{name.replace('_', '-')}"
     limits = described.limits
     declared = typer.Option(
-        # A switch that is off has no --no- form: only where None means something else is there a need.
+        # A plain switch has no --no-... form; one that may be None has, to tell "off" from "not given".
         *([flag] if described.flag or kind is bool else []),
         help=escape(described.help),
         rich_help_panel=described.panel,

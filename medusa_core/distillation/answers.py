@@ -1,4 +1,4 @@
-"""Who answers: the protocol, and our own engine behind it."""
+"""The protocol of what answers a conversation, and its implementation with our own engine."""
 
 import asyncio
 from collections.abc import Sequence

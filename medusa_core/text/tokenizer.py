@@ -39,7 +39,7 @@ TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, Look
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling values the model's author recommends in `generation_config.json`; None where they say nothing.
+    """Sampling values recommended in `generation_config.json`; None if unspecified.
 
     As in transformers, sampling values count only with `do_sample: true`, and an explicit `do_sample: false`
     is greedy decoding (temperature 0). Unlike there, a value that is not in the file has no hidden default
@@ -54,7 +54,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with what surrounds it: template, end-of-sequence ids, generation defaults.
+    """A tokenizer with its chat template, end-of-sequence ids and generation defaults.
 
     `vocab_size` is the greatest id plus one, which may be less than the model's padded vocabulary. Safe to
     share between threads.
@@ -133,7 +133,7 @@ def load_chat_tokenizer(
 
 
 def builtin_templates() -> list[str]:
-    """Names `chat_template` can have beside a path."""
+    """Names of the built-in chat templates."""
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 

@@ -33,7 +33,7 @@ class LossKind(StrEnum):
 
 
 class JointMode(StrEnum):
-    """How heads and backbone are brought together (Medusa paper §2.2.2, and what it warns of: direct)."""
+    """Schedule of joint training (Medusa paper §2.2.2, which advises against `direct`)."""
 
     TWO_STAGE = "two-stage"
     SINE = "sine"
@@ -48,7 +48,7 @@ class Tune(StrEnum):
 
 
 class Quantization(StrEnum):
-    """What a frozen backbone's linear layers are stored in."""
+    """Number format of a frozen backbone's linear layers."""
 
     INT8 = "8bit"
     INT4 = "4bit"
@@ -56,7 +56,7 @@ class Quantization(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainConfig:
-    """One run of `train_heads`, every value settled. Each field's meaning is its option's help, below.
+    """One run of `train_heads`. Each field is described by the help text of its option.
 
     Raises `ConfigError` for values out of range, alone or together.
     """
@@ -158,12 +158,12 @@ class TrainConfig:
 
     @property
     def is_joint(self) -> bool:
-        """Whether the backbone learns too."""
+        """Whether the backbone is trained too."""
         return self.recipe == Recipe.MEDUSA_2
 
     @property
     def is_hydra(self) -> bool:
-        """Whether the heads see the drafted tokens before theirs."""
+        """Whether each head sees the tokens drafted before its own."""
         return self.recipe in (Recipe.HYDRA, Recipe.HYDRA_PLUS)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""The published recipes as defaults, and one run's settings from recipe, YAML file and flags.
+"""Recipe defaults, and the merging of recipe, YAML file and flags into one configuration.
 
 Later ones win: TrainConfig's defaults, the recipe's, the joint mode's (medusa-2), the file, the flags.
 Sources: the Medusa paper, §2.2 and its training configurations; the README of Hydra's code.
@@ -65,7 +65,7 @@ def _panel(spec: Field[Any]) -> str | None:
 
 
 def _refuse(given: Mapping[str, Any], names: list[str], whose: str) -> None:
-    """Settings that would do nothing in this run are refused."""
+    """Raise `ConfigError` for settings that would have no effect in this run."""
     default = {spec.name: spec.default for spec in fields(TrainConfig)}
     unused = [name for name in names if given.get(name, default[name]) != default[name]]
     if unused:

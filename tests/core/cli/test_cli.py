@@ -14,13 +14,14 @@ from typer.testing import CliRunner
 from medusa_core import __version__
 from medusa_core.cli import chat as chat_command
 from medusa_core.cli.chat import Conversation
+from medusa_core.cli.engine_options import ModelOptions, SpeculationOptions
 from medusa_core.cli.main import app, main
 from medusa_core.config import EngineConfig
 from medusa_core.engine.answer import AnswerStats
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.errors import RequestError
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
 
@@ -154,9 +155,17 @@ def test_a_seed_of_our_own_is_told_and_repeats_the_answer(invoke):
     assert other["seed"] != first["seed"]
 
 
-def test_every_draft_source_is_offered():
-    shown = CliRunner().invoke(app, ["generate", "--help"], env={"COLUMNS": "200"}).output
+@pytest.mark.parametrize("command", ["generate", "chat", "bench"])
+def test_every_draft_source_is_offered(command):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
     assert "heads|ngram|both" in shown
+
+
+def test_speculation_options_reach_request_and_engine():
+    options = SpeculationOptions(source=DraftSourceName.NGRAM, tree="static", tree_nodes=9)
+    assert options.params == SpeculationParams(source=DraftSourceName.NGRAM, tree="static")
+    config = ModelOptions(dtype="float32").engine_config(options)
+    assert config == EngineConfig(dtype="float32", tree_nodes=9)
 
 
 def test_chat_reads_turns_from_a_pipe(engine, invoke):

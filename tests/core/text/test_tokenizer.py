@@ -163,7 +163,7 @@ def test_sentencepiece_ids_are_sentencepieces(vicuna_layout_dir, text):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_sentencepiece_with_its_default_normaliser(tmp_path, model_type):
+def test_sentencepiece_with_its_default_normalizer(tmp_path, model_type):
     lines = [
         "Hello, how may I help you today?",
         "I need a cheap restaurant in the centre of town, please.",

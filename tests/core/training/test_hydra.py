@@ -16,7 +16,7 @@ from medusa_core.errors import ConfigError
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.batches import Collator, ExampleDataset, pack
-from medusa_core.training.building import (
+from medusa_core.training.builders import (
     build_backbone,
     build_heads,
     build_trainer_module,
@@ -26,7 +26,7 @@ from medusa_core.training.building import (
 from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_heads
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 from medusa_core.training.recipes import resolve_config
 from medusa_core.training.trainer import train_heads
 
@@ -69,7 +69,7 @@ def flags(tiny_model_dir: Path, dialogues: Path, tmp_path: Path) -> dict[str, ob
     }
 
 
-def new_module(config: TrainConfig, examples: list[Example]) -> HeadTrainer:
+def new_module(config: TrainConfig, examples: list[Example]) -> HeadModule:
     """Heads that are no longer what they start as."""
     backbone = build_backbone(config, torch.device("cpu"), vocab_size=320)
     heads = build_heads(config, backbone, examples)
@@ -110,7 +110,7 @@ def test_saved_hydra_heads_are_the_trained_ones(
     assert isinstance(heads, HydraHeads)
     examples = load_examples([dialogues], tiny_chat, sequence_length=512)
     _, held_out = split_examples(examples, config.val_fraction, config.seed)
-    module = HeadTrainer(tiny_backbone, heads, loss=config.loss, decay=1.0)
+    module = HeadModule(tiny_backbone, heads, loss=config.loss, decay=1.0)
     assert evaluate_heads(module, held_out, batch_size=4) == report.evaluation
 
 

@@ -21,7 +21,7 @@ from medusa_core.training.batches import ExampleDataset
 from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, load_examples
 from medusa_core.training.evaluation import evaluate_heads
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 from medusa_core.training.trainer import train_heads
 
 ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
@@ -66,7 +66,7 @@ def backbone(tiny_model_dir: Path) -> Backbone:
     return load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay: float = 0.5) -> HeadTrainer:
+def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay: float = 0.5) -> HeadModule:
     heads = MedusaHeads.new(
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
@@ -79,7 +79,7 @@ def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay:
             parameter.add_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1
             )
-    return HeadTrainer(backbone, heads, loss=loss, decay=decay)
+    return HeadModule(backbone, heads, loss=loss, decay=decay)
 
 
 def head_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -99,7 +99,7 @@ def test_training_lowers_the_loss_and_teaches_the_heads(
     chat = load_chat_tokenizer(config.model)
     examples = load_examples(config.data, chat, sequence_length=512)
     untrained = evaluate_heads(
-        HeadTrainer(
+        HeadModule(
             backbone,
             MedusaHeads.new(
                 hidden_size=64,
