@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,24 +31,10 @@ from medusa_core.training.module import HeadModule
 from medusa_core.training.recipes import resolve_config
 from medusa_core.training.trainer import train_heads
 
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 dialogues, every third with a second turn."""
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    goodbye = [{"role": "user", "content": "Goodbye!"}, {"role": "assistant", "content": "Goodbye!"}]
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-            *(goodbye * (number % 3 == 0)),
-        ]
-        for number in range(40)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(40, lambda number: number % 3 == 0)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,21 +28,10 @@ from medusa_core.training.joint import JointModule
 from medusa_core.training.report import TrainReport
 from medusa_core.training.trainer import train_heads
 
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-        ]
-        for number in range(40)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(40, lambda _: 0)
 
 
 @pytest.fixture

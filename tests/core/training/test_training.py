@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
@@ -24,24 +25,10 @@ from medusa_core.training.evaluation import evaluate_heads
 from medusa_core.training.module import HeadModule
 from medusa_core.training.trainer import train_heads
 
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-GOODBYE = [{"role": "user", "content": "Goodbye!"}, {"role": "assistant", "content": "Goodbye!"}]
-
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 short dialogues of a few fixed sentences."""
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-            *(GOODBYE * (number % 3)),
-        ]
-        for number in range(60)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(60, lambda number: number % 3)
 
 
 @pytest.fixture
