@@ -8,6 +8,11 @@ from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
 from medusa_core.errors import ConfigError
 
 MAX_SEED = 2**64 - 1
+# What the server and `medusa generate` take at most; the engine itself has wider limits.
+MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 2**31 - 1
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters
 
 
 class SpeculationMode(StrEnum):
@@ -101,6 +106,17 @@ def _coerce(params: object, name: str, kind: type[StrEnum]) -> None:
     except ValueError:
         names = ", ".join(member.value for member in kind)
         raise ConfigError(f"{name} must be one of {names}, not {value!r}") from None
+
+
+def check_served(params: SamplingParams) -> None:
+    """Raise `ConfigError` for what the HTTP API would refuse too."""
+    _check_range("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    if params.top_k > MAX_TOP_K:
+        raise ConfigError(f"top_k must be at most {MAX_TOP_K}, not {params.top_k}")
+    if len(params.stop) > MAX_STOPS:
+        raise ConfigError(f"stop takes at most {MAX_STOPS} texts, not {len(params.stop)}")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in params.stop):
+        raise ConfigError(f"a stop text must have at most {MAX_STOP_LENGTH} characters")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
