@@ -37,7 +37,8 @@ from medusa_core.benchmark.inflated import SHAPES, inflate_heads
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
-from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
+from medusa_core.loading.devices import resolve_device, resolve_dtype
+from medusa_core.loading.loader import load_parts
 from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 

@@ -20,7 +20,8 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError
-from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
+from medusa_core.loading.devices import resolve_device, resolve_dtype
+from medusa_core.loading.loader import load_parts
 
 SHAPES = {"1b": InflatedShape()}
 

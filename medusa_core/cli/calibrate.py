@@ -78,7 +78,7 @@ def calibrate(
         raise ConfigError("--table-run needs --from-table")
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.calibration.plots import check_matplotlib
-    from medusa_core.loading.loader import heads_source
+    from medusa_core.loading.heads import heads_source
 
     if plot is not None:
         check_matplotlib()
@@ -167,7 +167,7 @@ def _stored(model: str, heads: str | None, out: Path | None) -> "HeadCalibration
 def _destination(model: str, heads: str | None, out: Path | None) -> Path:
     """Where an engine of these would keep its calibration."""
     from medusa_core.calibration.calibrate import destination
-    from medusa_core.loading.loader import heads_source
+    from medusa_core.loading.heads import heads_source
 
     source = heads_source(model, heads)
     return destination(None if source is None else str(source), out)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig, resolve_context_length
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.factory import DYNAMIC, STATIC, scratch_rows
 from medusa_core.draft.heads import DraftHeads
@@ -30,8 +30,8 @@ from medusa_core.engine.step_timer import StepTimer
 from medusa_core.engine.step_times import StepTimes, fastest_size
 from medusa_core.engine.timing import phase_timer
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
-from medusa_core.loading.loader import EngineParts, load_parts, resolve_context_length, speculator_factory
-from medusa_core.loading.progress import OnStage, Stages
+from medusa_core.loading.loader import EngineParts, load_parts, speculator_factory
+from medusa_core.loading.progress import LoadProgress, OnStage
 from medusa_core.model.backbone import Backbone
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
@@ -46,7 +46,7 @@ class Engine:
     """Decodes requests in slots, one slot's step at a time."""
 
     def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
-        stages = Stages(on_stage)
+        stages = LoadProgress(on_stage)
         self.config, self.backbone, self.chat_tokenizer = config, parts.backbone, parts.chat
         self.heads = parts.heads
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)

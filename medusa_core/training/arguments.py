@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
 from medusa_core.checkpoints.writing import write_json
 from medusa_core.errors import ConfigError
-from medusa_core.loading.loader import resolve_device
+from medusa_core.loading.devices import resolve_device
 from medusa_core.training.config import TrainConfig
 
 CHECKPOINTS_FOLDER = "checkpoints"
