@@ -52,7 +52,7 @@ def main(
     del demo
     big = inflated_engine(model, heads, EngineConfig(dtype="bfloat16"), SHAPES["1b"])
     figures["inflated_1b"] = run_bench(big, few, once, warn=print)
-    summary = summarise(figures)
+    summary = summarize(figures)
     json_file.write_text(json.dumps({"summary": summary} | figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=2))
 
@@ -74,7 +74,7 @@ def against_fastest_baseline(
     return {"medusa_dtype": demo.info.dtype, "rates": rates, "speedup_over": ratios}
 
 
-def summarise(figures: dict[str, Any]) -> dict[str, float | None]:
+def summarize(figures: dict[str, Any]) -> dict[str, float | None]:
     """The figures with a target, each a ratio of medians."""
     demo, big = figures["demo"], figures["inflated_1b"]
     over = [ratio for ratio in figures["fastest_baseline"]["speedup_over"].values() if ratio]

@@ -118,7 +118,7 @@ def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForC
     if config.attention_bias or config.mlp_bias:
         raise ConfigError("cannot inflate a Llama with biases")
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ConfigError("cannot inflate a quantised model")
+        raise ConfigError("cannot inflate a quantized model")
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     if head_dim != shape.head_dim:
         raise ConfigError(f"cannot inflate: head_dim is {head_dim}, the target's is {shape.head_dim}")
