@@ -37,7 +37,7 @@ from medusa_core.text.tokenizer import ChatTokenizer
 from tests.core.conftest import BuildEngine, add, decode, speculate
 
 CPU = torch.device("cpu")
-GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=0)
 WORDS = (
     "cheap restaurant",
     "table for two",
