@@ -60,7 +60,7 @@ def main(
 def against_fastest_baseline(
     demo: Engine, model: str, prompts: Sequence[Prompt], settings: BenchSettings
 ) -> dict[str, Any]:
-    """Medusa in the default dtype beside baselines in every dtype, all interleaved."""
+    """Medusa in the default dtype and baselines in every dtype, interleaved."""
     baselines = {
         dtype: Engine.from_pretrained(model, heads="none", config=EngineConfig(dtype=dtype, measure=False))
         for dtype in DTYPES
@@ -75,7 +75,7 @@ def against_fastest_baseline(
 
 
 def summarize(figures: dict[str, Any]) -> dict[str, float | None]:
-    """The figures with a target, each a ratio of medians."""
+    """The main ratios, each of medians."""
     demo, big = figures["demo"], figures["inflated_1b"]
     over = [ratio for ratio in figures["fastest_baseline"]["speedup_over"].values() if ratio]
     return {

@@ -70,23 +70,24 @@ def run_bench(
         variants.append(Variant("hf_generate", hf_runner(engine)))
     runs = interleave(variants, prompt_ids, params, repeats=settings.repeats, on_prompt=on_prompt)
     lengths = [len(ids) for ids in prompt_ids]
-    baseline, medusa = (report.rates(runs[name], lengths) for name in ("baseline", "medusa"))
-    identity = compare_tokens(runs["baseline"], runs["medusa"], prompt_ids, params, engine.backbone)
-    hf: dict[str, Any] | None = None
-    if settings.compare_hf:
-        hf = dict(report.rates(runs["hf_generate"], lengths))
-        hf |= {"step_seconds": report.step_seconds(runs["hf_generate"]), "identical": None}
-        if params.is_greedy:  # sampled, each has a generator of its own
-            other = compare_tokens(runs["baseline"], runs["hf_generate"], prompt_ids, params, engine.backbone)
-            hf["identical"] = report.identity_figures(other)
+    figures: dict[str, dict[str, Any]] = {
+        name: report.rates(own, lengths) | {"step_seconds": report.step_seconds(own)}
+        for name, own in runs.items()
+    }
+
+    def identical(name: str) -> dict[str, Any]:
+        identity = compare_tokens(runs["baseline"], runs[name], prompt_ids, params, engine.backbone)
+        return report.identity_figures(identity)
+
+    hf = figures.get("hf_generate")
+    if hf is not None:  # sampled, each draws from a generator of its own
+        hf["identical"] = identical("hf_generate") if params.is_greedy else None
     return {
-        "baseline": baseline | {"step_seconds": report.step_seconds(runs["baseline"])},
-        "medusa": medusa
-        | {"step_seconds": report.step_seconds(runs["medusa"])}
-        | report.speculation_figures(runs["medusa"]),
+        "baseline": figures["baseline"],
+        "medusa": figures["medusa"] | report.speculation_figures(runs["medusa"]),
         "hf_generate": hf,
-        "speedup": report.ratio(medusa, baseline),
-        "identical": report.identity_figures(identity),
+        "speedup": report.ratio(figures["medusa"], figures["baseline"]),
+        "identical": identical("medusa"),
         "prompts": len(prompt_ids),
         "skipped_prompts": len(prompts) - len(prompt_ids),
         "tokens": sum(len(repeats[0].token_ids) for repeats in runs["baseline"]),

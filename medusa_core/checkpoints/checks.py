@@ -14,11 +14,13 @@ SHOWN_KEYS = 6
 
 def check_dense(source: str, key: str, tensor: object) -> Tensor:
     """The tensor, if it is an ordinary strided one with data."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        raise CheckpointError(f"{source}: {key} is not a dense tensor")
-    if tensor.is_nested or tensor.is_meta or tensor.is_quantized:
-        raise CheckpointError(f"{source}: {key} is not a dense tensor")
-    return tensor
+    if (
+        isinstance(tensor, Tensor)
+        and tensor.layout == torch.strided
+        and not (tensor.is_nested or tensor.is_meta or tensor.is_quantized)
+    ):
+        return tensor
+    raise CheckpointError(f"{source}: {key} is not a dense tensor")
 
 
 def check_float(source: str, key: str, tensor: object) -> Tensor:

@@ -9,14 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from medusa_core.checkpoints.checks import (
-    check_float,
-    check_keys,
-    check_rows,
-    check_shape,
-    check_token_map,
-    some_keys,
-)
+from medusa_core.checkpoints import checks
 from medusa_core.checkpoints.hydra_keys import (
     ALIASED,
     ARCH_MLP,
@@ -47,8 +40,10 @@ def parse_hydra(
     layout = _parse_layout(source, own)
     if config.get("hydra_head_arch") == ARCH_PREFIX and not layout.prefix_keys:
         raise CheckpointError(f"{source} lacks {PREFIX}*, though config.json says {ARCH_PREFIX}")
-    token_map = check_token_map(source, TOKEN_MAP, own.pop(TOKEN_MAP)) if layout.has_token_map else None
-    floats = {key: check_float(source, key, tensor) for key, tensor in own.items()}
+    token_map = (
+        checks.check_token_map(source, TOKEN_MAP, own.pop(TOKEN_MAP)) if layout.has_token_map else None
+    )
+    floats = {key: checks.check_float(source, key, tensor) for key, tensor in own.items()}
     weights = _weights(floats, layout, token_map)
     _check_shapes(source, weights, layout, hidden_size)
     return weights
@@ -74,13 +69,13 @@ def _parse_layout(source: str, tensors: dict[str, Tensor]) -> HydraLayout:
     parsed = [match for match in map(BLOCK_KEY.fullmatch, tensors) if match]
     if not parsed:
         raise CheckpointError(
-            f"{source} holds no Hydra heads (keys like {MLP}0.0.linear.weight): {some_keys(tensors)}"
+            f"{source} holds no Hydra heads (keys like {MLP}0.0.linear.weight): {checks.some_keys(tensors)}"
         )
     num_heads = 1 + max(int(match["head"]) for match in parsed)
     positions = tuple(sorted({int(match["position"]) for match in parsed}))
     regular = block_positions(len(positions), behind_dropout=positions[0] == 1)
     if positions != regular or num_heads * len(positions) > len(tensors):
-        raise CheckpointError(f"{source} has gaps between its heads or layers: {some_keys(tensors)}")
+        raise CheckpointError(f"{source} has gaps between its heads or layers: {checks.some_keys(tensors)}")
     outputs = [match for match in map(OUTPUT_KEY.fullmatch, tensors) if match]
     layout = HydraLayout(
         num_heads=num_heads,
@@ -90,7 +85,7 @@ def _parse_layout(source: str, tensors: dict[str, Tensor]) -> HydraLayout:
         has_token_map=TOKEN_MAP in tensors,
     )
     complaint = f"{source} does not hold {num_heads} Hydra heads of {len(positions)} layers"
-    check_keys(complaint, layout.keys(), tensors)
+    checks.check_keys(complaint, layout.keys(), tensors)
     return layout
 
 
@@ -127,7 +122,7 @@ def _check_shapes(source: str, weights: HydraWeights, layout: HydraLayout, hidde
             _check_linear(source, layout.block_key(head, layer), block, size, size)
     key = layout.output_key(0) + ".weight"
     for head, output in enumerate(weights.outputs):
-        rows = check_rows(source, key, weights.outputs[0].weight)
+        rows = checks.check_rows(source, key, weights.outputs[0].weight)
         _check_linear(source, layout.output_key(head), output, rows, size)
         if weights.token_map is not None and len(weights.token_map) != rows:
             raise CheckpointError(
@@ -137,5 +132,5 @@ def _check_shapes(source: str, weights: HydraWeights, layout: HydraLayout, hidde
 
 def _check_linear(source: str, module: str, linear: Linear, rows: int, width: int) -> None:
     assert linear.bias is not None
-    check_shape(source, module + ".weight", linear.weight, (rows, width))
-    check_shape(source, module + ".bias", linear.bias, (rows,))
+    checks.check_shape(source, module + ".weight", linear.weight, (rows, width))
+    checks.check_shape(source, module + ".bias", linear.bias, (rows,))
