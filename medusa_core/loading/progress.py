@@ -37,7 +37,7 @@ class LoadProgress:
 
     @contextlib.contextmanager
     def counting_weights(self, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Report every so many seconds how many tensors transformers has read, in place of its own bar."""
+        """Report every `every` seconds how many tensors transformers has read, in place of its own bar."""
 
         def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             is_weights = kwargs.get("desc") == WEIGHTS_BAR and args and isinstance(args[0], Sized)
@@ -59,7 +59,7 @@ class LoadProgress:
 
     @contextlib.contextmanager
     def downloading(self, name: str | Path, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Report every so many seconds how much of a Hub repository is downloaded, while that grows."""
+        """Report every `every` seconds how much of a Hub repository is downloaded, while that grows."""
         folder = _hub_folder(name)
         if folder is None:
             yield
