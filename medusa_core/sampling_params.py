@@ -18,6 +18,14 @@ class SpeculationMode(StrEnum):
     OFF = "off"
 
 
+class DraftSourceName(StrEnum):
+    """heads: the model's draft heads; ngram: n-grams of the sequence so far; both: one tree of both."""
+
+    HEADS = "heads"
+    NGRAM = "ngram"
+    BOTH = "both"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationParams:
     """Per-request choice of acceptance rule and draft tree.
@@ -27,6 +35,7 @@ class SpeculationParams:
     """
 
     mode: SpeculationMode = SpeculationMode.EXACT
+    source: DraftSourceName = DraftSourceName.HEADS
     tree: str = "dynamic"
     epsilon: float = TYPICAL_EPSILON
     delta: float = TYPICAL_DELTA

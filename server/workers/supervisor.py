@@ -1,4 +1,4 @@
-"""One worker's position: its incarnations one after the other, restarts with back-off, and what is a hang."""
+"""Restarts a worker with back-off; detects hangs."""
 
 import asyncio
 import logging
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from medusa_core.engine.outputs import StepOutput
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.model_info import ModelInfo
 from server.observability.metrics import ServerMetrics
-from server.workers.messages import Event, Loading, ModelInfo, Ready, Rejected, StartFailed, Step
+from server.workers.messages import Event, Loading, Ready, Rejected, StartFailed, Step
 from server.workers.process import WorkerProcess
 from server.workers.scheduler import WorkerPort
 from server.workers.worker import WorkerConfig
@@ -51,22 +51,14 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an incarnation ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
+    """Why a worker process ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
 
     reason: str = "crash"
     text: str = "the worker died"
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What the first worker said of its engine."""
-
-    info: ModelInfo
-    defaults: SamplingParams
-
-
-class ReplicaOwner(Protocol):
-    """The pool, as its replicas see it."""
+class SupervisorOwner(Protocol):
+    """The pool, as its supervisors see it."""
 
     policy: PoolPolicy
     listener: WorkerListener
@@ -80,17 +72,17 @@ class ReplicaOwner(Protocol):
     def next_generation(self) -> int:
         """A number no worker has had."""
 
-    def note_ready(self, served: ServedModel) -> None:
+    def note_ready(self, info: ModelInfo) -> None:
         """A worker has loaded."""
 
     def note_given_up(self) -> None:
-        """A replica will not start again."""
+        """A worker will not start again."""
 
 
-class Replica:
-    """The position of one worker: its current incarnation and the account of restarts."""
+class WorkerSupervisor:
+    """Keeps one worker running: its current process, and how often it was restarted in a row."""
 
-    def __init__(self, pool: ReplicaOwner, config: WorkerConfig) -> None:
+    def __init__(self, pool: SupervisorOwner, config: WorkerConfig) -> None:
         self._pool = pool
         self._config = config
         self._restarts_in_row = 0
@@ -102,7 +94,7 @@ class Replica:
         self.given_up: str | None = None  # why there will be no further restart
 
     def start(self) -> None:
-        """Spawn the next incarnation."""
+        """Spawn the next process."""
         self._timer = None
         self._failure = Failure()
         self.worker = WorkerProcess(
@@ -183,9 +175,9 @@ class Replica:
         match event:
             case Loading(stage=stage):
                 logger.debug("worker %d: %s", worker.generation, stage)
-            case Ready(info=info, defaults=defaults):
+            case Ready(info=info):
                 self.has_started = self.is_ready = True
-                self._pool.note_ready(ServedModel(info, defaults))
+                self._pool.note_ready(info)
                 listener.worker_ready(worker)
             case StartFailed(message=message):
                 self._failure = Failure("load", message)
