@@ -25,8 +25,8 @@ def prepare(chat):
     def prepare(sources=("heads", "ngram", "both"), default=DraftSourceName.HEADS, **changes):
         info = ModelInfo(
             model="m", heads="h", num_heads=3, parameters=1, context_length=512, vocab_size=318,
-            dtype="float32", device="cpu", tree_nodes=4, trees=("dynamic", "static"), sources=sources, slots=1,
-            defaults=SamplingParams(temperature=0.3, top_p=0.9),
+            dtype="float32", device="cpu", tree_nodes=4, trees=("dynamic", "static"),
+            sources=sources, slots=1, defaults=SamplingParams(temperature=0.3, top_p=0.9),
         )  # fmt: skip
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | changes
         with ThreadPoolExecutor(1) as executor:
