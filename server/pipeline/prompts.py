@@ -71,8 +71,8 @@ class PromptBuilder:
     def _speculation(self, given: Speculation) -> SpeculationParams:
         mode = self.default_mode if given.mode is None else given.mode
         source = self.default_source if given.source is None else given.source
-        self._check_source(source)
         self._check_tree(given.tree, source)
+        self._check_source(source)
         return SpeculationParams(
             mode=mode, source=source, tree=given.tree, epsilon=given.epsilon, delta=given.delta
         )
