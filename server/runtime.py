@@ -143,6 +143,7 @@ class Runtime:
                 ),
                 self.pool.start(),
             )
+            self._open(chat, info)
         except MedusaError as error:
             self.start_error = error
             return
@@ -150,11 +151,6 @@ class Runtime:
             logger.debug("the tokenizer could not be loaded", exc_info=True)
             what = f"the tokenizer of {self.settings.model}"
             self.start_error = MedusaError(f"cannot load {what}: {type(error).__name__}: {error}")
-            return
-        try:
-            self._open(chat, info)
-        except ConfigError as error:
-            self.start_error = error
             return
         logger.info(
             "ready after %.1f s: %s",

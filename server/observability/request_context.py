@@ -1,4 +1,4 @@
-"""What is known of one HTTP request: gathered on its way through, told to log and traces at its end."""
+"""Everything known of one HTTP request, for its log line and its trace."""
 
 import time
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""One line a request, at its end, with all that is known of it; and what was said, if that is wanted."""
+"""One log line per request, at its end; and its messages and answer, if those are to be logged."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ PROBES = ("/health", "/ready", "/metrics")
 
 
 def log_request(context: RequestContext, trace_id: str | None = None) -> None:
-    """The access line: its fields are key=value in text and members in JSON."""
+    """The request line: its fields are key=value in text and members in JSON."""
     request = {
         "client": context.client,
         "method": context.method,

@@ -1,4 +1,4 @@
-"""Per-request timestamps, and what its steps cost: for metrics, its line in the log and traces."""
+"""Per-request timestamps, and what its steps cost."""
 
 import time
 from dataclasses import dataclass, field

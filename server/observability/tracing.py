@@ -1,4 +1,4 @@
-"""Traces of requests, if a collector is named: what the server asks of whoever makes them."""
+"""The interface of tracing, and its implementation if a collector is named."""
 
 from typing import Protocol
 

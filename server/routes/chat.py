@@ -36,8 +36,16 @@ async def create_chat_completion(
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
     if body.model != runtime.model_name:
         raise errors.model_not_found(body.model)
-    prompts = runtime.require_prompts()
     context = context_of(request)
+    generation = await _admit(body, context, runtime)
+    if body.stream:
+        return _stream(generation, body, runtime, context)
+    return await _complete(generation, request, runtime)
+
+
+async def _admit(body: ChatRequest, context: RequestContext, runtime: Runtime) -> Generation:
+    """Prepare the request and queue it. Raises an `ApiError` if either cannot be done."""
+    prompts = runtime.require_prompts()
     completion_id = f"chatcmpl-{secrets.token_hex(12)}"
     started = time.monotonic()
     with runtime.scheduler.preparing():
@@ -57,10 +65,7 @@ async def create_chat_completion(
         messages=[(message.role, message.text) for message in body.messages] if keeps_text else None,
         answer="" if keeps_text else None,
     )
-    generation = Generation(job, runtime.scheduler, chat.assembler, runtime.metrics, chat.add_text)
-    if body.stream:
-        return _stream(generation, body, runtime, context)
-    return await _complete(generation, request, runtime)
+    return Generation(job, runtime.scheduler, chat.assembler, runtime.metrics, chat.add_text)
 
 
 def _stream(generation: Generation, body: ChatRequest, runtime: Runtime, context: RequestContext) -> Response:

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from medusa_core.errors import MedusaError
 from medusa_core.model_info import ModelInfo
 from server.observability.metrics import ServerMetrics
-from server.workers.supervisor import PoolPolicy, WorkerListener, WorkerSupervisor
+from server.workers.scheduler import Scheduler
+from server.workers.supervisor import PoolPolicy, WorkerSupervisor
 from server.workers.worker import WorkerConfig
 
 
@@ -23,11 +24,11 @@ class WorkerPool:
         self,
         configs: Sequence[WorkerConfig],
         policy: PoolPolicy,
-        listener: WorkerListener,
+        scheduler: Scheduler,
         metrics: ServerMetrics,
     ) -> None:
         self.policy = policy
-        self.listener = listener
+        self.scheduler = scheduler
         self.metrics = metrics
         self.is_stopping = False
         self._generations = itertools.count(1)
@@ -94,7 +95,7 @@ class WorkerPool:
     def note_given_up(self) -> None:
         if not all(supervisor.given_up for supervisor in self.supervisors):
             return
-        self.listener.workers_gone()
+        self.scheduler.workers_gone()
         if self._info is not None and not self._info.done():
             self._info.set_exception(WorkerStartError(self.why_not_ready()))
 

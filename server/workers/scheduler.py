@@ -1,7 +1,7 @@
 """The queue: admits requests, hands each to a worker with a free slot, and ends every one exactly once.
 
 All of it runs on the event loop's thread, so nothing here locks. Waiting requests live in this process only:
-they survive the loss of a worker, and cancelling one costs nothing.
+they survive the loss of a worker, and canceling one costs nothing.
 """
 
 import asyncio

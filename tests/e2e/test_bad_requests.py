@@ -59,7 +59,7 @@ BAD_VALUES = [
     ({"stop": 3}, 400, "stop", "invalid_type"),
     ({"stream": "yes"}, 400, "stream", "invalid_type"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
-    ({"stream": True, "stream_options": {"colour": 1}}, 400, "stream_options.colour", "unknown_parameter"),
+    ({"stream": True, "stream_options": {"color": 1}}, 400, "stream_options.color", "unknown_parameter"),
     ({"n": 2}, 400, "n", "unsupported_value"),
     ({"n": True}, 400, "n", "unsupported_value"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_value"),

@@ -67,7 +67,7 @@ def test_requests_wait_for_a_worker_and_spread_over_several(bench):
     bench.run(scenario)
 
 
-def test_cancelling_frees_queue_and_slot(bench):
+def test_canceling_frees_queue_and_slot(bench):
     async def scenario(scheduler):
         worker = bench.Worker()
         scheduler.worker_ready(worker)
@@ -197,7 +197,7 @@ def test_steps_are_counted_for_metrics_and_handed_on_whole(bench):
 
 
 def test_a_prompt_in_preparation_holds_a_place(bench):
-    """Long prompts take a while to tokenise: they must not pile up in front of the queue, uncounted."""
+    """Long prompts take a while to tokenize: they must not pile up in front of the queue, uncounted."""
 
     async def scenario(scheduler):
         scheduler.worker_ready(bench.Worker())
