@@ -29,7 +29,12 @@ if TYPE_CHECKING:
     )
     from medusa_core.model_info import ModelInfo
     from medusa_core.request import Request
-    from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+    from medusa_core.sampling_params import (
+        DraftSourceName,
+        SamplingParams,
+        SpeculationMode,
+        SpeculationParams,
+    )
 
 __version__ = "0.2.0"
 
@@ -50,7 +55,7 @@ _MODULES = {
     ),
     "model_info": ("ModelInfo",),
     "request": ("Request",),
-    "sampling_params": ("SamplingParams", "SpeculationMode", "SpeculationParams"),
+    "sampling_params": ("DraftSourceName", "SamplingParams", "SpeculationMode", "SpeculationParams"),
 }
 _MODULE_OF = {name: f"medusa_core.{module}" for module, names in _MODULES.items() for name in names}
 
@@ -62,6 +67,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "DraftSourceName",
     "Engine",
     "EngineConfig",
     "FinishReason",

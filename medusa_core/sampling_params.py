@@ -8,6 +8,11 @@ from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
 from medusa_core.errors import ConfigError
 
 MAX_SEED = 2**64 - 1
+# What the server and `medusa generate` take at most; the engine itself has wider limits.
+MAX_TEMPERATURE = 2.0
+MAX_TOP_K = 2**31 - 1
+MAX_STOPS = 4
+MAX_STOP_LENGTH = 256  # characters
 
 
 class SpeculationMode(StrEnum):
@@ -19,7 +24,7 @@ class SpeculationMode(StrEnum):
 
 
 class DraftSourceName(StrEnum):
-    """heads: the model's draft heads; ngram: n-grams of the sequence so far; both: one tree of both."""
+    """Where drafts come from: draft heads, n-grams of the sequence so far, or both in one tree."""
 
     HEADS = "heads"
     NGRAM = "ngram"
@@ -28,10 +33,10 @@ class DraftSourceName(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpeculationParams:
-    """Per-request choice of acceptance rule and draft tree.
+    """Per-request choice of acceptance rule, draft source and draft tree.
 
-    `tree`: "dynamic", "static" or the name of a published tree. `epsilon` and `delta` (paper §2.3.1) matter
-    in typical mode only.
+    `tree`: "dynamic", "static" or the name of a published tree; only heads fill other trees than dynamic
+    ones. `epsilon` and `delta` (paper §2.3.1) matter in typical mode only.
     """
 
     mode: SpeculationMode = SpeculationMode.EXACT
@@ -41,6 +46,8 @@ class SpeculationParams:
     delta: float = TYPICAL_DELTA
 
     def __post_init__(self) -> None:
+        _coerce(self, "mode", SpeculationMode)
+        _coerce(self, "source", DraftSourceName)
         for name in ("epsilon", "delta"):
             _check_range(name, getattr(self, name), 0.0, 1.0)
 
@@ -89,6 +96,27 @@ class SamplingParams:
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0
+
+
+def _coerce(params: object, name: str, kind: type[StrEnum]) -> None:
+    """Let plain text stand for a member."""
+    value = getattr(params, name)
+    try:
+        object.__setattr__(params, name, kind(value))
+    except ValueError:
+        names = ", ".join(member.value for member in kind)
+        raise ConfigError(f"{name} must be one of {names}, not {value!r}") from None
+
+
+def check_served(params: SamplingParams) -> None:
+    """Raise `ConfigError` for what the HTTP API would refuse too."""
+    _check_range("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
+    if params.top_k > MAX_TOP_K:
+        raise ConfigError(f"top_k must be at most {MAX_TOP_K}, not {params.top_k}")
+    if len(params.stop) > MAX_STOPS:
+        raise ConfigError(f"stop takes at most {MAX_STOPS} texts, not {len(params.stop)}")
+    if any(len(stop) > MAX_STOP_LENGTH for stop in params.stop):
+        raise ConfigError(f"a stop text must have at most {MAX_STOP_LENGTH} characters")
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:

@@ -15,7 +15,7 @@ from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
 from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError, DataError, TokenizerError
-from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import Prompt
 
 
@@ -27,6 +27,7 @@ class BenchSettings:
     top_p: float = 1.0
     max_tokens: int = 128
     mode: SpeculationMode = SpeculationMode.EXACT
+    source: DraftSourceName = DraftSourceName.HEADS
     tree: str = "dynamic"
     seed: int = 0
     repeats: int = 1
@@ -63,7 +64,7 @@ def run_bench(
         raise ConfigError("bench compares with draft heads, and this model has none: give --heads")
     params = settings.sampling()
     prompt_ids = fitting_prompts(engine, prompts, settings.max_tokens, warn)
-    speculation = SpeculationParams(mode=settings.mode, tree=settings.tree)
+    speculation = SpeculationParams(mode=settings.mode, source=settings.source, tree=settings.tree)
     ours = engine_runner(engine)
     variants = [Variant("baseline", ours), Variant("medusa", ours, speculation)]
     if settings.compare_hf:

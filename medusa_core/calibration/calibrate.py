@@ -16,8 +16,8 @@ from medusa_core.calibration.measure import (
     static_meters,
 )
 from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.tree_size import TREE_SIZES, fastest_size
 from medusa_core.engine.engine import Engine
-from medusa_core.engine.step_times import TREE_SIZES, fastest_size
 from medusa_core.errors import ConfigError, DataError
 from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import Prompt
@@ -150,4 +150,4 @@ def _feed(meters: dict[str, dict[int, LengthMeter]], observed: Observed) -> None
 def _with_fastest_tree(engine: Engine, calibration: HeadCalibration) -> HeadCalibration:
     if not engine.step_times.trees:
         return calibration
-    return replace(calibration, tree_nodes=fastest_size(engine.step_times, calibration))
+    return replace(calibration, tree_nodes=fastest_size(engine.step_times.trees, calibration))

@@ -9,12 +9,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medusa_core.draft.dynamic import couple
+from medusa_core.draft.coupling import couple
 from medusa_core.draft.heads import DraftHeads, ParallelHeads, SequentialHeads
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.engine.sampling import gumbel_noise
-from medusa_core.engine.step import prefill_chunk
 from medusa_core.errors import CapacityError, DataError, RequestError
 from medusa_core.sampling_params import SamplingParams
 
@@ -117,7 +116,7 @@ def _coupled(
     token_ids = torch.arange(vocab_size, device=logits_NKV.device)
     noise = gumbel_noise(params.known_seed, range(start + 2, start + 1 + count + num_heads), token_ids)
     rows = [
-        couple(row[None], params.temperature, noise[place : place + num_heads], heads.token_map)[0]
+        couple(row[None], params.temperature, noise[None, place : place + num_heads], heads.token_map)[0]
         for place, row in enumerate(logits_NKV)
     ]
     return torch.stack(rows)
@@ -136,10 +135,10 @@ def _rows(heads: DraftHeads, targets_NK: Tensor, vocab_size: int) -> Tensor:
 def _hidden_states(engine: Engine, ids: list[int]) -> Tensor:
     """Hidden states [S, E] of a whole sequence, through the engine's own prefill in a cache of its own."""
     cache = engine.backbone.new_cache(1, len(ids))
-    slot = cache.slots[cache.acquire()]
+    rows = cache.rows((0,))
     size = engine.config.prefill_chunk
     parts = [
-        prefill_chunk(engine.backbone, slot, ids[start : start + size]).hidden_BTE[0]
+        engine.backbone.prefill(ids[start : start + size], rows).hidden_BTE[0]
         for start in range(0, len(ids), size)
     ]
     return torch.cat(parts)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from medusa_core.calibration.collect import Observed
+from medusa_core.draft.head_drafter import HeadDrafter, make_drafter
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.draft.source import Speculator, dynamic_drafter, make_speculator, static_drafter
 from medusa_core.draft.tree import grow_tree
 from medusa_core.engine.acceptance import longest_path
 
@@ -66,14 +66,14 @@ class TauFitter:
 
 
 class LengthMeter:
-    """Mean acceptance length of one speculator on greedy answers.
+    """Mean acceptance length of one drafter on greedy answers.
 
     Each answer is walked in the very steps the engine would take. The mean over all positions would be
     another: long runs skip the positions behind them, so more steps begin where guessing is hard.
     """
 
-    def __init__(self, speculator: Speculator) -> None:
-        self._speculator = speculator
+    def __init__(self, drafter: HeadDrafter, taus: tuple[float, ...]) -> None:
+        self._drafter, self._taus = drafter, taus
         self._next = 0  # where in the answer the walk stands
         self._tokens = 0
         self.steps = 0
@@ -95,7 +95,7 @@ class LengthMeter:
         lengths = []
         for start in range(0, len(truth_ND), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
-            tree = self._speculator.propose(observed.hidden_NE[part], observed.roots_N[part], 0.0, None)
+            tree = self._drafter.draft(observed.hidden_NE[part], observed.roots_N[part], self._taus)
             right = tree.tokens_BT == truth_ND[part].gather(1, tree.depths_BT)
             best = longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth)
             lengths.append(1 + best.count_B)
@@ -112,13 +112,11 @@ def static_meters(
 ) -> dict[int, LengthMeter]:
     """A meter per size for the tree grown from these accuracies."""
     taus = (1.0,) * heads.num_heads
-    drafters = {n: static_drafter(heads, grow_tree(accuracies, n), device) for n in sizes}
-    return {n: LengthMeter(make_speculator(heads, drafter, taus)) for n, drafter in drafters.items()}
+    return {n: LengthMeter(make_drafter(heads, grow_tree(accuracies, n), device), taus) for n in sizes}
 
 
 def dynamic_meters(
     heads: DraftHeads, taus: tuple[float, ...], sizes: Sequence[int], device: torch.device
 ) -> dict[int, LengthMeter]:
     """A meter per size for the dynamic tree with these temperatures."""
-    drafters = {n: dynamic_drafter(heads, n, device) for n in sizes}
-    return {n: LengthMeter(make_speculator(heads, drafter, taus)) for n, drafter in drafters.items()}
+    return {n: LengthMeter(make_drafter(heads, n, device), taus) for n in sizes}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from medusa_core.draft.accuracy import HeadCalibration, wilson_interval
 from medusa_core.draft.tree import Tree, grow_tree
-from medusa_core.engine.step_times import TREE_SIZES, expected_tokens
+from medusa_core.draft.tree_size import TREE_SIZES, expected_tokens
 from medusa_core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

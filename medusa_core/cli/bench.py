@@ -1,17 +1,18 @@
-"""`medusa bench`: options in, a table and perhaps a JSON file out. Measuring is `medusa_core.benchmark`'s."""
+"""`medusa bench`: decoding with and without drafts, as a table and perhaps a JSON file."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from medusa_core.cli import options
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.cli.engine_options import SAMPLING_PANEL, ModelOptions, SpeculationOptions
+from medusa_core.cli.options import with_options
+from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError
-from medusa_core.sampling_params import SpeculationMode
+from medusa_core.option_field import option
 
 if TYPE_CHECKING:
     from medusa_core.benchmark.bench import BenchSettings
@@ -19,97 +20,75 @@ if TYPE_CHECKING:
     from medusa_core.text.prompts import Prompt
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """What is measured, and where the figures go."""
+
+    prompts: Path | None = option(
+        "JSONL file (.gz too) of objects with `messages`.",
+        default=None,
+        shown="24 short dialogue openings",
+    )
+    limit: int | None = option("Use only the first prompts.", default=None, shown="all", least=1)
+    repeats: int = option("Runs per prompt and variant.", default=1, least=1)
+    compare_hf: bool = option("Also run transformers' generate on the same weights.", default=False)
+    inflate: str | None = option(
+        "1b: pad the model to a 1.2 B Llama shape that computes the same.", default=None, shown="as it is"
+    )
+    json_file: Path | None = option("Write the figures here.", default=None, flag="--json", path="file")
+
+    def __post_init__(self) -> None:
+        if self.json_file is not None and not self.json_file.parent.is_dir():  # better now than after minutes
+            raise ConfigError(f"cannot write {self.json_file}: there is no such directory")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchSampling:
+    """Sampling of every run: the same for all prompts, unlike the model's own defaults."""
+
+    max_tokens: int = option("Most tokens of an answer.", SAMPLING_PANEL, default=128, least=1)
+    temperature: float = option("0 is greedy.", SAMPLING_PANEL, default=0.0)
+    top_p: float = option("Nucleus sampling; 1 is off.", SAMPLING_PANEL, default=1.0)
+    seed: int = option("Seed of the first prompt; the others count up.", SAMPLING_PANEL, default=0)
+
+
+@with_options
 def bench(
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL file (.gz too) of objects with `messages`.", show_default="24 short dialogue openings"
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use only the first prompts.", show_default="all")
-    ] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Runs per prompt and variant.")] = 1,
-    compare_hf: Annotated[
-        bool, typer.Option("--compare-hf", help="Also run transformers' generate on the same weights.")
-    ] = False,
-    inflate: Annotated[
-        str | None,
-        typer.Option(
-            help="1b: pad the model to a 1.2 B Llama shape that computes the same.", show_default="as it is"
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", dir_okay=False, help="Write the figures here.")
-    ] = None,
-    model: options.ModelOption = str(EMBEDDED_MODEL),
-    heads: options.HeadsOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    max_length: options.MaxLengthOption = None,
-    chat_template: options.ChatTemplateOption = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of an answer.", rich_help_panel=options.SAMPLING_PANEL)
-    ] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="0 is greedy.", rich_help_panel=options.SAMPLING_PANEL)
-    ] = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Nucleus sampling; 1 is off.", rich_help_panel=options.SAMPLING_PANEL)
-    ] = 1.0,
-    seed: Annotated[
-        int,
-        typer.Option(
-            help="Seed of the first prompt; the others count up.", rich_help_panel=options.SAMPLING_PANEL
-        ),
-    ] = 0,
-    mode: options.ModeOption = SpeculationMode.EXACT,
-    tree: options.TreeOption = "dynamic",
-    tree_nodes: options.TreeNodesOption = None,
+    options: BenchOptions, model: ModelOptions, sampling: BenchSampling, speculation: SpeculationOptions
 ) -> None:
     """Measure decoding with and without Medusa, interleaved on the same prompts in one process."""
-    _check_output(json_file)
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.benchmark.bench import BenchSettings
     from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
 
     settings = BenchSettings(
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        mode=mode,
-        tree=tree,
-        seed=seed,
-        repeats=repeats,
-        compare_hf=compare_hf,
+        **asdict(sampling),
+        mode=speculation.mode,
+        source=speculation.source,
+        tree=speculation.tree,
+        repeats=options.repeats,
+        compare_hf=options.compare_hf,
     )
-    config = EngineConfig(
-        dtype=dtype, device=device, max_length=max_length, tree_nodes=tree_nodes, chat_template=chat_template
-    )
-    conversations = load_prompts(prompts or DEFAULT_PROMPTS, limit)
+    config = model.engine_config(speculation)
+    conversations = load_prompts(options.prompts or DEFAULT_PROMPTS, options.limit)
     notes = Console(stderr=True)
     with notes.status("loading the model and measuring step times"):
-        engine = _engine(model, heads, config, inflate)
+        engine = _engine(model, config, options.inflate)
     report = _measure(engine, conversations, settings, notes)
-    report["config"] |= {"inflate": inflate, "prompts_file": str(prompts) if prompts else None}
-    _publish(report, json_file)
+    prompts_file = str(options.prompts) if options.prompts else None
+    report["config"] |= {"inflate": options.inflate, "prompts_file": prompts_file}
+    _publish(report, options.json_file)
 
 
-def _check_output(json_file: Path | None) -> None:
-    """Better now than after minutes of measuring."""
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ConfigError(f"cannot write {json_file}: there is no such directory")
-
-
-def _engine(model: str, heads: str | None, config: EngineConfig, inflate: str | None) -> "Engine":
+def _engine(model: ModelOptions, config: EngineConfig, inflate: str | None) -> "Engine":
     from medusa_core.benchmark.inflated import SHAPES, inflated_engine
     from medusa_core.engine.engine import Engine
 
     if inflate is None:
-        return Engine.from_pretrained(model, heads=heads, config=config)
+        return Engine.from_pretrained(model.model, heads=model.heads, config=config)
     if inflate not in SHAPES:
         raise ConfigError(f"inflate must be one of {', '.join(SHAPES)}, not {inflate!r}")
-    return inflated_engine(model, heads, config, SHAPES[inflate])
+    return inflated_engine(model.model, model.heads, config, SHAPES[inflate])
 
 
 def _measure(

@@ -1,14 +1,13 @@
-"""`medusa calibrate`: options in, a table and `calibration.json` beside the heads out."""
+"""`medusa calibrate`: measures draft heads, shows a table and writes `calibration.json` beside them."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
-import typer
-
-from medusa_core.cli import options
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.cli.engine_options import ModelOptions
+from medusa_core.cli.options import with_options
 from medusa_core.errors import ConfigError, DataError
+from medusa_core.option_field import option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,97 +18,66 @@ SHOWN_RANKS = 4
 RESULT_PANEL = "Result"
 
 
-def calibrate(
-    prompts: Annotated[
-        Path | None,
-        typer.Option(
-            help="JSONL file (.gz too) of objects with `messages`, like the real traffic.",
-            show_default="24 short dialogue openings",
-        ),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Use at most so many prompts.")] = 100,
-    max_tokens: Annotated[int, typer.Option(help="Tokens per answer.")] = 128,
-    temperatures: Annotated[
-        str, typer.Option(help="Where, beside 0, the heads' confidence is calibrated; comma separated.")
-    ] = "0.3,0.7,1.0",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampled answers.")] = 0,
-    out: Annotated[
-        Path | None,
-        typer.Option(file_okay=False, help="Folder for calibration.json.", show_default="beside the heads"),
-    ] = None,
-    plot: Annotated[
-        Path | None,
-        typer.Option(
-            file_okay=False,
-            help="Folder for pictures (PNG, SVG): tree, accuracy by rank, speedup by tree size.",
-            rich_help_panel=RESULT_PANEL,
-        ),
-    ] = None,
-    plot_only: Annotated[
-        bool,
-        typer.Option(
-            "--plot-only", help="Draw what calibration.json says already.", rich_help_panel=RESULT_PANEL
-        ),
-    ] = False,
-    from_table: Annotated[
-        Path | None,
-        typer.Option(
-            dir_okay=False,
-            help="Measure nothing: take accuracies from a table of the Medusa repository or a CSV with the "
-            "columns head, top1, top2, ...",
-            rich_help_panel=RESULT_PANEL,
-        ),
-    ] = None,
-    table_run: Annotated[
-        str | None,
-        typer.Option(help="The row (Name) of a table of several runs.", rich_help_panel=RESULT_PANEL),
-    ] = None,
-    model: options.ModelOption = str(EMBEDDED_MODEL),
-    heads: options.HeadsOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    max_length: options.MaxLengthOption = None,
-    chat_template: options.ChatTemplateOption = None,
-) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrateOptions:
+    """What the heads are measured on, and what becomes of the result."""
+
+    prompts: Path | None = option(
+        "JSONL file (.gz too) of objects with `messages`, like the real traffic.",
+        default=None,
+        shown="24 short dialogue openings",
+    )
+    limit: int = option("Use at most so many prompts.", default=100, least=1)
+    max_tokens: int = option("Tokens per answer.", default=128)
+    temperatures: str = option(
+        "Where, beside 0, the heads' confidence is calibrated; comma separated.", default="0.3,0.7,1.0"
+    )
+    seed: int = option("Seed of the sampled answers.", default=0, least=0)
+    out: Path | None = option(
+        "Folder for calibration.json.", default=None, path="folder", shown="beside the heads"
+    )
+    plot: Path | None = option(
+        "Folder for pictures (PNG, SVG): tree, accuracy by rank, speedup by tree size.",
+        RESULT_PANEL,
+        default=None,
+        path="folder",
+    )
+    plot_only: bool = option("Draw what calibration.json says already.", RESULT_PANEL, default=False)
+    from_table: Path | None = option(
+        "Measure nothing: take accuracies from a table of the Medusa repository or a CSV with the columns "
+        "head, top1, top2, ...",
+        RESULT_PANEL,
+        default=None,
+        path="file",
+    )
+    table_run: str | None = option("The row (Name) of a table of several runs.", RESULT_PANEL, default=None)
+
+    def __post_init__(self) -> None:
+        if self.plot_only and (self.plot is None or self.from_table is not None):
+            raise ConfigError("--plot-only needs --plot, and no --from-table")
+        if self.table_run is not None and self.from_table is None:
+            raise ConfigError("--table-run needs --from-table")
+
+
+@with_options
+def calibrate(options: CalibrateOptions, model: ModelOptions) -> None:
     """Measure the draft heads: accuracies, confidence, and the tree that is fastest on this machine."""
-    if plot_only and (plot is None or from_table is not None):
-        raise ConfigError("--plot-only needs --plot, and no --from-table")
-    if table_run is not None and from_table is None:
-        raise ConfigError("--table-run needs --from-table")
     # Imported here: torch takes seconds, which `medusa --help` should not.
     from medusa_core.calibration.plots import check_matplotlib
-    from medusa_core.loading.loader import heads_source
 
-    if plot is not None:
+    if options.plot is not None:
         check_matplotlib()
-    if plot_only:
-        result = _stored(model, heads, out)
-    elif from_table is not None:
-        result = _from_table(
-            from_table, table_run, _destination(model, heads, out), heads_source(model, heads)
-        )
+    if options.plot_only:
+        result = _stored(model, options.out)
+    elif options.from_table is not None:
+        result = _from_table(options.from_table, options, model)
     else:
-        config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
-        measuring = _Measuring(prompts, limit, max_tokens, _parse_temperatures(temperatures), seed)
-        result = _measure(measuring, model, heads, config, out)
-    if plot is not None:
-        _draw(result, plot)
+        result = _measure(options, model)
+    if options.plot is not None:
+        _draw(result, options.plot)
 
 
-@dataclass(frozen=True, slots=True)
-class _Measuring:
-    """What to measure on, as given."""
-
-    prompts: Path | None
-    limit: int
-    max_tokens: int
-    temperatures: tuple[float, ...]
-    seed: int
-
-
-def _measure(
-    measuring: _Measuring, model: str, heads: str | None, config: EngineConfig, out: Path | None
-) -> "HeadCalibration":
+def _measure(options: CalibrateOptions, model: ModelOptions) -> "HeadCalibration":
     from rich.console import Console
 
     from medusa_core.calibration.calibrate import CalibrationSettings, destination
@@ -118,11 +86,14 @@ def _measure(
     from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
 
     settings = CalibrationSettings(
-        max_tokens=measuring.max_tokens, temperatures=measuring.temperatures, seed=measuring.seed
+        max_tokens=options.max_tokens,
+        temperatures=_parse_temperatures(options.temperatures),
+        seed=options.seed,
     )
-    conversations = load_prompts(measuring.prompts or DEFAULT_PROMPTS, measuring.limit)
-    engine = options.load_engine(model, heads, config, calibrated=False)
-    target = destination(engine.info.heads, out)
+    config = model.engine_config()
+    conversations = load_prompts(options.prompts or DEFAULT_PROMPTS, options.limit)
+    engine = model.load(config, calibrated=False)
+    target = destination(engine.info.heads, options.out)
     with Console(stderr=True).status("calibrating") as status:
         result = run(engine, conversations, settings, lambda text: status.update(text))
     path = save_calibration(result, target)
@@ -133,17 +104,20 @@ def _measure(
     return result
 
 
-def _from_table(file: Path, run: str | None, target: Path, heads: str | Path | None) -> "HeadCalibration":
-    """What others measured of these heads. Which tree is fastest here, the engine finds when it starts."""
+def _from_table(file: Path, options: CalibrateOptions, model: ModelOptions) -> "HeadCalibration":
+    """Published accuracies of these heads. Which tree is fastest here, the engine finds when it starts."""
     from rich.console import Console
 
     from medusa_core.calibration.tables import read_accuracy_table
     from medusa_core.checkpoints.head_files import read_heads
     from medusa_core.checkpoints.reading import parse_weights
     from medusa_core.draft.accuracy import save_calibration
+    from medusa_core.loading.loader import heads_source
 
-    result = read_accuracy_table(file, run)
+    target = _destination(model, options.out)
+    heads = heads_source(model.model, model.heads)
     assert heads is not None  # else there is no destination
+    result = read_accuracy_table(file, options.table_run)
     held = parse_weights(read_heads(heads)).num_heads
     if held != result.num_heads:
         raise DataError(f"{file} is about {result.num_heads} heads, {heads} holds {held}")
@@ -154,22 +128,22 @@ def _from_table(file: Path, run: str | None, target: Path, heads: str | Path | N
     return result
 
 
-def _stored(model: str, heads: str | None, out: Path | None) -> "HeadCalibration":
+def _stored(model: ModelOptions, out: Path | None) -> "HeadCalibration":
     from medusa_core.draft.accuracy import load_calibration
 
-    target = _destination(model, heads, out)
+    target = _destination(model, out)
     result = load_calibration(target)
     if result is None:
         raise DataError(f"there is no calibration.json in {target} to draw: calibrate first")
     return result
 
 
-def _destination(model: str, heads: str | None, out: Path | None) -> Path:
+def _destination(model: ModelOptions, out: Path | None) -> Path:
     """Where an engine of these would keep its calibration."""
     from medusa_core.calibration.calibrate import destination
     from medusa_core.loading.loader import heads_source
 
-    source = heads_source(model, heads)
+    source = heads_source(model.model, model.heads)
     return destination(None if source is None else str(source), out)
 
 

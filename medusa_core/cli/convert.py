@@ -1,4 +1,4 @@
-"""`medusa convert`: draft heads of any layout into that of another server, or into ours."""
+"""`medusa convert`: rewrites draft heads in the layout of another server, or in ours."""
 
 from pathlib import Path
 from typing import Annotated, Literal

@@ -1,20 +1,22 @@
-"""`medusa distill`: seed dialogues and a model in, its own answers as training rows out."""
+"""`medusa distill`: has a model answer seed dialogues and writes the result as training rows."""
 
 import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 
-from medusa_core.cli import options
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.cli.engine_options import ModelOptions
+from medusa_core.cli.options import with_options
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError, DataError
+from medusa_core.option_field import option
 
 if TYPE_CHECKING:
     from medusa_core.distillation.answers import Answerer
@@ -23,111 +25,60 @@ if TYPE_CHECKING:
     OpenAnswerer = Callable[[], AbstractAsyncContextManager[Answerer]]
 
 ENDPOINT_PANEL = "Endpoint"
-DEFAULT_CONCURRENCY = 8  # of an endpoint; our own engine answers one request after the other
-DEFAULTS = DistillSettings(data=(Path("-"),), out=Path("-"))
-ENDPOINT_DEFAULTS = EndpointSettings(url="http://-", model="-")
-ENGINE_OPTIONS = ("model", "heads", "dtype", "device", "max_length", "chat_template")
-ENDPOINT_OPTIONS = ("endpoint_model", "api_key_env", "concurrency", "attempts", "retry_delay", "timeout")
+_DEFAULTS = EndpointSettings(url="http://-", model="-")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndpointOptions:
+    """The server that answers instead of an engine of our own."""
+
+    endpoint: str | None = option(
+        "Ask this OpenAI-compatible server (http://127.0.0.1:8000/v1) and load no model.",
+        ENDPOINT_PANEL,
+        default=None,
+    )
+    endpoint_model: str | None = option("The model's name there.", ENDPOINT_PANEL, default=None)
+    api_key_env: str | None = option(
+        "Environment variable that holds the API key.",
+        ENDPOINT_PANEL,
+        default=None,
+        shown="no key is sent",
+    )
+    concurrency: int = option("Dialogues in progress at once.", ENDPOINT_PANEL, default=8, least=1)
+    attempts: int = option("Tries of a request.", ENDPOINT_PANEL, default=_DEFAULTS.attempts, least=1)
+    retry_delay: float = option(
+        "Seconds before the first retry; they double with each.",
+        ENDPOINT_PANEL,
+        default=_DEFAULTS.retry_delay,
+    )
+    timeout: float = option("Seconds without a byte of an answer.", ENDPOINT_PANEL, default=_DEFAULTS.timeout)
+
+    def settings(self, url: str) -> EndpointSettings:
+        """Raises `ConfigError`, also if the variable with the key is not set."""
+        return EndpointSettings(
+            url=url,
+            model=self.endpoint_model or "",
+            api_key=_api_key(self.api_key_env),
+            attempts=self.attempts,
+            retry_delay=self.retry_delay,
+            timeout=self.timeout,
+        )
+
+
+@with_options
 def distill(
-    context: typer.Context,
-    data: Annotated[
-        list[str],
-        typer.Option(
-            help="Seed dialogues in any format of `medusa train`: JSONL, JSON, Parquet, a Hub data set. "
-            "Their assistant's turns are replaced. Repeatable."
-        ),
-    ],
-    out: Annotated[
-        Path, typer.Option(dir_okay=False, help="JSONL file for `medusa train`. The same command resumes it.")
-    ],
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Use the first so many rows.", show_default="all")
-    ] = DEFAULTS.limit,
-    turns: Annotated[
-        int | None, typer.Option(min=1, help="Ask at most so many turns of a dialogue.", show_default="all")
-    ] = DEFAULTS.turns,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Most tokens of an answer; one cut off here ends its dialogue.")
-    ] = DEFAULTS.max_tokens,
-    temperature: Annotated[
-        float, typer.Option(help="0 is greedy; the Medusa paper's is 0.3.")
-    ] = DEFAULTS.temperature,
-    top_p: options.TopPOption = DEFAULTS.top_p,
-    seed: Annotated[int, typer.Option(min=0, help="Repeats sampled answers.")] = DEFAULTS.seed,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="A row that cannot be used ends the run.")
-    ] = DEFAULTS.strict,
-    endpoint: Annotated[
-        str | None,
-        typer.Option(
-            help="Ask this OpenAI-compatible server (http://127.0.0.1:8000/v1) and load no model.",
-            rich_help_panel=ENDPOINT_PANEL,
-        ),
-    ] = None,
-    endpoint_model: Annotated[
-        str | None, typer.Option(help="The model's name there.", rich_help_panel=ENDPOINT_PANEL)
-    ] = None,
-    api_key_env: Annotated[
-        str | None,
-        typer.Option(
-            help="Environment variable that holds the API key.",
-            show_default="no key is sent",
-            rich_help_panel=ENDPOINT_PANEL,
-        ),
-    ] = None,
-    concurrency: Annotated[
-        int, typer.Option(min=1, help="Dialogues in progress at once.", rich_help_panel=ENDPOINT_PANEL)
-    ] = DEFAULT_CONCURRENCY,
-    attempts: Annotated[
-        int, typer.Option(min=1, help="Tries of a request.", rich_help_panel=ENDPOINT_PANEL)
-    ] = ENDPOINT_DEFAULTS.attempts,
-    retry_delay: Annotated[
-        float,
-        typer.Option(
-            help="Seconds before the first retry; they double with each.", rich_help_panel=ENDPOINT_PANEL
-        ),
-    ] = ENDPOINT_DEFAULTS.retry_delay,
-    timeout: Annotated[
-        float, typer.Option(help="Seconds without a byte of an answer.", rich_help_panel=ENDPOINT_PANEL)
-    ] = ENDPOINT_DEFAULTS.timeout,
-    model: options.ModelOption = str(EMBEDDED_MODEL),
-    heads: options.HeadsOption = None,
-    dtype: options.DtypeOption = "auto",
-    device: options.DeviceOption = "auto",
-    max_length: options.MaxLengthOption = None,
-    chat_template: options.ChatTemplateOption = None,
+    context: typer.Context, settings: DistillSettings, endpoint: EndpointOptions, model: ModelOptions
 ) -> None:
     """Make training text from the model itself: the users of seed dialogues, answered by the model."""
-    _refuse(context, ENGINE_OPTIONS if endpoint else ENDPOINT_OPTIONS, bool(endpoint))
-    settings = DistillSettings(
-        data=tuple(data),
-        out=out,
-        temperature=temperature,
-        top_p=top_p,
-        max_tokens=max_tokens,
-        turns=turns,
-        limit=limit,
-        seed=seed,
-        concurrency=concurrency if endpoint else 1,
-        strict=strict,
-    )
+    url = endpoint.endpoint
+    _refuse(context, ModelOptions if url else EndpointOptions, bool(url))
     logging.getLogger("medusa_core").setLevel(logging.INFO)  # what goes on, where no progress bar shows it
-    if endpoint:
-        server = EndpointSettings(
-            url=endpoint,
-            model=endpoint_model or "",
-            api_key=_api_key(api_key_env),
-            attempts=attempts,
-            retry_delay=retry_delay,
-            timeout=timeout,
-        )
-        report = _ask_endpoint(server, settings)
+    if url:
+        settings = replace(settings, concurrency=endpoint.concurrency)
+        report = _ask_endpoint(endpoint.settings(url), settings)
     else:
-        config = EngineConfig(dtype=dtype, device=device, max_length=max_length, chat_template=chat_template)
-        report = _ask_engine(model, heads, config, settings)
-    _show(report, out)
+        report = _ask_engine(model, settings)
+    _show(report, settings.out)
     if report.failed:
         raise DataError(f"{report.failed} dialogues failed: the same command tries them again")
 
@@ -143,18 +94,18 @@ def _ask_endpoint(server: EndpointSettings, settings: DistillSettings) -> "Disti
     return _run(settings, {"endpoint": server.url, "model": server.model}, connected)
 
 
-def _ask_engine(
-    model: str, heads: str | None, config: EngineConfig, settings: DistillSettings
-) -> "DistillReport":
+def _ask_engine(model: ModelOptions, settings: DistillSettings) -> "DistillReport":
     from medusa_core.distillation.answers import EngineAnswerer
+
+    config = model.engine_config()
 
     @asynccontextmanager
     async def loaded() -> AsyncIterator[EngineAnswerer]:
-        yield EngineAnswerer(options.load_engine(model, heads, config), settings)
+        yield EngineAnswerer(model.load(config), settings)
 
     # The heads do not belong to it: whatever they guess, the answers are the model's.
     answered_by = {
-        "model": model,
+        "model": model.model,
         "dtype": config.dtype,
         "max_length": config.max_length,
         "chat_template": config.chat_template,
@@ -196,9 +147,9 @@ def _show(report: "DistillReport", out: Path) -> None:
     )
 
 
-def _refuse(context: typer.Context, names: tuple[str, ...], has_endpoint: bool) -> None:
+def _refuse(context: typer.Context, unused: type, has_endpoint: bool) -> None:
     """An option that would do nothing is a mistake; a MEDUSA_ variable may be meant for other commands."""
-    for name in names:
+    for name in (spec.name for spec in fields(unused)):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             reason = "has no effect with --endpoint" if has_endpoint else "needs --endpoint"

@@ -1,31 +1,66 @@
-"""`medusa train`: one run from a YAML file or flags, a table of the finished heads at the end."""
+"""`medusa train`: trains draft heads as a YAML file or options say, and shows how they do."""
 
 import logging
 import os
+from dataclasses import MISSING, Field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
-from medusa_core.cli.train_options import options_signature
+from medusa_core.cli.options import OptionGroup, parameter, with_options
 from medusa_core.errors import ConfigError
-from medusa_core.training.recipes import resolve_config
+from medusa_core.option_field import Option, option_of
+from medusa_core.training.config import TrainConfig
+from medusa_core.training.recipes import RECIPES, REQUIRED, field_type, resolve_config
 
 if TYPE_CHECKING:
+    from inspect import Parameter
+
     from medusa_core.training.report import TrainReport
 
-FileOption = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file of these settings (words joined by _); flags win over it."),
-]
+
+def _train_options() -> OptionGroup:
+    """`--config`, and every field of `TrainConfig`.
+
+    All are None if not given: which value then holds is the recipe's or the file's business.
+    """
+    file = Option(help="YAML file of these settings (words joined by _); flags win over it.")
+    hints = get_type_hints(TrainConfig)
+    parameters = [parameter("config", Path | None, file, None)]
+    parameters += [_parameter(spec, hints[spec.name]) for spec in fields(TrainConfig)]
+
+    def build(config: Path | None, **flags: Any) -> TrainConfig:
+        return resolve_config(flags, config)
+
+    return OptionGroup(tuple(parameters), build)
 
 
-def train(config: Path | None = None, **flags: Any) -> None:
+def _parameter(spec: Field[Any], hint: Any) -> "Parameter":
+    described = option_of(spec)
+    assert described is not None
+    text = described.help + (" Required." if spec.name in REQUIRED else "")
+    kind = list[str] if get_origin(hint) is tuple else field_type(hint)
+    return parameter(spec.name, kind | None, replace(described, help=text, shown=_default(spec)), None)
+
+
+def _default(spec: Field[Any]) -> str | bool:
+    """What the help shows: the default, and which recipes have another."""
+    if spec.default in (MISSING, None, False):
+        return False
+    others: dict[str, list[str]] = {}
+    for recipe, values in RECIPES.items():
+        if spec.name in values:
+            others.setdefault(f"{values[spec.name]:g}", []).append(recipe)
+    own = f"{spec.default:g}" if isinstance(spec.default, float) else str(spec.default)
+    return "; ".join([own, *(f"{', '.join(names)}: {value}" for value, names in others.items())])
+
+
+@with_options
+def train(settings: Annotated[TrainConfig, _train_options()]) -> None:
     """Train draft heads for a model: Medusa-1, Medusa-2, Hydra or Hydra++."""
-    settings = resolve_config(flags, config)
     if find_spec("accelerate") is None:
         raise ConfigError('training needs accelerate: pip install "medusa-serve[train]"')
     is_first = os.environ.get("RANK", "0") == "0"  # torchrun's number of this process
@@ -37,11 +72,6 @@ def train(config: Path | None = None, **flags: Any) -> None:
     report = train_heads(settings)
     if is_first:
         _show(report, settings.out)
-
-
-# What typer reads the options from: one for each field of TrainConfig.
-train.__signature__ = options_signature({"config": FileOption})  # type: ignore[attr-defined]
-train.__annotations__ = {"return": None}
 
 
 def _show(report: "TrainReport", out: Path) -> None:

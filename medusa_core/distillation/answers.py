@@ -1,4 +1,4 @@
-"""Who answers: the protocol, and our own engine behind it."""
+"""The protocol of what answers a conversation, and its implementation with our own engine."""
 
 import asyncio
 from collections.abc import Sequence
@@ -55,21 +55,14 @@ class EngineAnswerer:
         return await asyncio.to_thread(self._answer, messages, seed)
 
     def _answer(self, messages: Messages, seed: int) -> Reply:
-        from medusa_core.engine.answer import DecodeTotals, stream_answer
-
         try:
             prompt = self._engine.chat_tokenizer.render(messages)
-        except TokenizerError as error:
-            raise RowError(str(error)) from error
-        if len(prompt) >= self._engine.context_length:
-            return Reply("", cut=f"{len(prompt)} tokens of conversation outgrow the context")
-        totals = DecodeTotals()
-        params = replace(self._params, seed=seed)
-        try:
-            text = "".join(stream_answer(self._engine, prompt, params, totals))
+            if len(prompt) >= self._engine.context_length:
+                return Reply("", cut=f"{len(prompt)} tokens of conversation outgrow the context")
+            answer = self._engine.stream(prompt, replace(self._params, seed=seed)).read()
         except CapacityError:
             raise
-        except RequestError as error:
+        except (RequestError, TokenizerError) as error:
             raise RowError(str(error)) from error
-        cut = None if totals.finish_reason is FinishReason.STOP else str(totals.finish_reason)
-        return Reply(text, cut, totals.tokens)
+        cut = None if answer.finish_reason is FinishReason.STOP else str(answer.finish_reason)
+        return Reply(answer.text, cut, answer.stats.tokens)

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from medusa_core.errors import ConfigError
-from medusa_core.sampling_params import MAX_SEED
+from medusa_core.option_field import check_limits, option
+from medusa_core.sampling_params import MAX_SEED, MAX_TEMPERATURE
 
 PAPER_TEMPERATURE = 0.3  # Medusa paper §2.3.2 and the reference's generator, as is the length
 PAPER_MAX_TOKENS = 2048
@@ -20,30 +21,34 @@ class DistillSettings:
     progress at once. `strict` makes a seed row that cannot be used an error.
     """
 
-    data: tuple[str | Path, ...]
-    out: Path
-    temperature: float = PAPER_TEMPERATURE
-    top_p: float | None = None
-    max_tokens: int = PAPER_MAX_TOKENS
-    turns: int | None = None
-    limit: int | None = None
-    seed: int = 0
+    data: tuple[str | Path, ...] = option(
+        "Seed dialogues in any format of `medusa train`: JSONL, JSON, Parquet, a Hub data set. Their "
+        "assistant's turns are replaced. Repeatable."
+    )
+    out: Path = option("JSONL file for `medusa train`. The same command resumes it.", path="file")
+    limit: int | None = option("Use the first so many rows.", default=None, shown="all", least=1)
+    turns: int | None = option("Ask at most so many turns of a dialogue.", default=None, shown="all", least=1)
+    max_tokens: int = option(
+        "Most tokens of an answer; one cut off here ends its dialogue.", default=PAPER_MAX_TOKENS, least=1
+    )
+    temperature: float = option(
+        "0 is greedy; the Medusa paper's is 0.3.", default=PAPER_TEMPERATURE, least=0, most=MAX_TEMPERATURE
+    )
+    top_p: float | None = option(
+        "Nucleus sampling; 1 is off.", "Sampling", default=None, shown="the model's", above=0, most=1
+    )
+    seed: int = option("Repeats sampled answers.", default=0, least=0)
+    strict: bool = option("A row that cannot be used ends the run.", default=False)
     concurrency: int = 1
-    strict: bool = False
 
     def __post_init__(self) -> None:
         if not self.data:
             raise ConfigError("data needs at least one source")
-        for name in ("max_tokens", "turns", "limit", "concurrency"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, not {value}")
-        if not (math.isfinite(self.temperature) and 0.0 <= self.temperature <= 2.0):
-            raise ConfigError(f"temperature must be between 0 and 2, not {self.temperature}")
-        if self.top_p is not None and not 0.0 < self.top_p <= 1.0:
-            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not 0 <= self.seed <= MAX_SEED:
+        check_limits(self)
+        if self.seed > MAX_SEED:
             raise ConfigError(f"seed must fit 64 unsigned bits, not {self.seed}")
+        if self.concurrency < 1:
+            raise ConfigError(f"concurrency must be at least 1, not {self.concurrency}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

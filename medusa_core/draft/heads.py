@@ -5,13 +5,14 @@ differ: those whose guesses depend on nothing else (`ParallelHeads`, Medusa), an
 drafted tokens before (`SequentialHeads`, Hydra), asked level by level.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.model.kv_cache import CacheRows, CacheShape
 
 
 @runtime_checkable
@@ -34,10 +35,10 @@ class DraftHeads(Protocol):
     def cache_shape(self) -> CacheShape | None:
         """The cache `read` needs beside the backbone's, if any."""
 
-    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
-        """Take in the hidden states (after the final norm) of T newly committed tokens, T >= 1.
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
+        """Take in hidden states (after the final norm) of newly committed tokens: each row's first `counts`.
 
-        Returns what the next drafts come from [B, E]. `cache`: the slot's memory of `cache_shape`.
+        Returns what the next drafts come from [B, E]. `cache`: the rows' memory of `cache_shape`.
         """
 
     def contextualise(self, hidden_BSE: Tensor) -> Tensor:
@@ -91,3 +92,9 @@ class TrainableHeads(DraftHeads, Protocol):
 
     def to(self, dtype: torch.dtype, /) -> Self:
         """Parameters converted in place (`torch.nn.Module.to`)."""
+
+
+def last_of_each(rows_BUE: Tensor, counts: Sequence[int]) -> Tensor:
+    """Each row's last counted entry [B, E]."""
+    places = torch.tensor(counts, device=rows_BUE.device) - 1
+    return rows_BUE[torch.arange(len(counts), device=rows_BUE.device), places]

@@ -7,17 +7,17 @@ backbone's hidden state, or with a `PrefixLayer` (Hydra++) that layer's output; 
 Shapes: B slots, N paths, J tokens of a path, S tokens, K heads, E hidden size, V output rows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.draft.heads import TrainingBatch
+from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.medusa import output_rows
 from medusa_core.draft.prefix import PrefixLayer
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.model.kv_cache import CacheRows, CacheShape
 
 Embed = Callable[[Tensor], Tensor]
 """Token ids [...] -> embeddings [..., E], as the backbone's own embedding module gives them."""
@@ -158,12 +158,12 @@ class HydraHeads(nn.Module):
         return None if self.prefix is None else self.prefix.cache_shape
 
     @torch.inference_mode()
-    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
-        """What the next drafts come from [B, E], after T more committed tokens."""
-        if self.prefix is None:
-            return hidden_BTE[:, -1]
-        assert cache is not None
-        return self.prefix.read(hidden_BTE.to(self._dtype), cache)[:, -1]
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
+        """What the next drafts come from [B, E], after so many more committed tokens in each row."""
+        if self.prefix is not None:
+            assert cache is not None
+            hidden_BUE = self.prefix.read(hidden_BUE.to(self._dtype), counts, cache)
+        return last_of_each(hidden_BUE, counts)
 
     @torch.inference_mode()
     def contextualise(self, hidden_BSE: Tensor) -> Tensor:

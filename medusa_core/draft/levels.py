@@ -1,7 +1,7 @@
-"""Propose for heads that see the drafted path (Hydra): level by level, all parents of a level at once.
+"""Dynamic trees of heads that see the drafted path (Hydra): level by level, a level's parents all at once.
 
-Shapes: B slots, N parents expanded at a level, R candidates per parent, M nodes kept per level, P nodes of
-the pool, T tree nodes (root included), D depth, V rows of the heads' logits.
+Shapes: B rows, N parents expanded at a level, J tokens of a path, M nodes kept per level, T tree nodes (root
+included), V rows of the heads' logits.
 """
 
 from dataclasses import dataclass
@@ -11,68 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_core.draft.dynamic import IMPOSSIBLE, DraftTree, TreeShape, couple
-from medusa_core.draft.heads import SequentialHeads
-from medusa_core.draft.tree import Tree
+from medusa_core.draft.draft_tree import DraftTree, Origin
+from medusa_core.draft.dynamic import IMPOSSIBLE
+from medusa_core.draft.level_scores import LevelScores
 
 MAX_CANDIDATES = 10  # ranks a parent's children can have; the published trees use no more either
-
-
-@dataclass(frozen=True, slots=True)
-class LevelScores:
-    """What the heads say of each level's candidates; coupled with the target's noise if there is any."""
-
-    heads: SequentialHeads
-    hidden_BE: Tensor
-    temperature: float
-    noise_KV: Tensor | None
-
-    def score(self, level: int, paths_BNJ: Tensor) -> Tensor:
-        """Float32 [B, N, V] of the tokens after each path (ids, the root first, J = level + 1)."""
-        logits = self.heads.level_logits(level, self.hidden_BE, paths_BNJ)
-        noise = None if self.noise_KV is None else self.noise_KV[level : level + 1]
-        return couple(logits, self.temperature, noise, self.heads.token_map)
-
-    def token_ids(self, rows: Tensor) -> Tensor:
-        """Token ids of rows of the logits."""
-        token_map = self.heads.token_map
-        return rows if token_map is None else token_map[rows]
-
-
-class StaticLevelDrafter:
-    """The same topology every step; each parent with children is asked once."""
-
-    def __init__(self, tree: Tree, device: torch.device) -> None:
-        self.size, self.max_depth = tree.size, tree.depth
-        self._shape = TreeShape(tree, device)
-        self._levels = [_StaticLevel.of(tree, self._shape, depth) for depth in range(tree.depth)]
-
-    def draft(self, scores: LevelScores, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
-        tokens = roots_B[:, None]
-        for depth, level in enumerate(self._levels):
-            candidates = scores.score(depth, tokens[:, level.paths_NJ]).topk(level.width, dim=-1).indices
-            rows = candidates.flatten(1)[:, level.children]
-            tokens = torch.cat([tokens, scores.token_ids(rows)], dim=1)
-        return self._shape.filled(tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _StaticLevel:
-    """A level of a static tree: its parents' paths as node indices [N, J], its nodes' places in N * R."""
-
-    paths_NJ: Tensor
-    children: Tensor
-    width: int
-
-    @classmethod
-    def of(cls, tree: Tree, shape: TreeShape, depth: int) -> "_StaticLevel":
-        below = [path for path in tree.paths if len(path) == depth + 1]
-        parents = sorted({path[:-1] for path in below})
-        index = {path: node for node, path in enumerate(((), *tree.paths))}
-        nodes = torch.tensor([index[path] for path in parents], device=shape.device)
-        width = max(path[-1] for path in below) + 1
-        places = [parents.index(path[:-1]) * width + path[-1] for path in below]
-        return cls(shape.lineage_TD[nodes][:, : depth + 1], torch.tensor(places, device=shape.device), width)
 
 
 @dataclass(slots=True)
@@ -163,6 +106,8 @@ class DynamicLevelDrafter:
             rows = far[:, :, None].expand(-1, -1, self.size)
             ancestors_BTT = ancestors_BTT | ancestors_BTT.gather(1, rows)
             far = far.gather(1, far)
+        depths_BT = ancestors_BTT.sum(dim=2) - 1
+        origins_BT = (depths_BT > 0) * int(Origin.HEADS)
         return DraftTree(
-            tokens.gather(1, chosen), ancestors_BTT.sum(dim=2) - 1, parents_BT, ancestors_BTT, self.max_depth
+            tokens.gather(1, chosen), depths_BT, parents_BT, ancestors_BTT, origins_BT, self.max_depth
         )

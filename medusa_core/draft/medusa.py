@@ -7,12 +7,14 @@ stored stacked, so that one matrix product serves all heads. Files are the busin
 Shapes: B slots, N rows, K heads, E hidden size, V output rows.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.draft.heads import TrainingBatch
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.draft.heads import TrainingBatch, last_of_each
+from medusa_core.model.kv_cache import CacheRows, CacheShape
 
 
 class MedusaHeads(nn.Module):
@@ -123,9 +125,9 @@ class MedusaHeads(nn.Module):
         """None: the last hidden state is all these heads need."""
         return None
 
-    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         """The last of the newly committed tokens' hidden states [B, E]."""
-        return hidden_BTE[:, -1]
+        return last_of_each(hidden_BUE, counts)
 
     def contextualise(self, hidden_BSE: Tensor) -> Tensor:
         """What `read` would have returned at every position: the hidden states themselves."""

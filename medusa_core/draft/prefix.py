@@ -6,6 +6,7 @@ helps to predict several. It has keys and values of its own, in a cache that tra
 Shapes: B slots, T new tokens, S tokens of a whole sequence, E hidden size.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaModel, PreTrainedConfig
 
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.model.kv_cache import CacheRows, CacheShape
+from medusa_core.model.masks import causal, visible_columns
 
 
 class PrefixLayer(nn.Module):
@@ -60,19 +62,22 @@ class PrefixLayer(nn.Module):
         output: Tensor = functional_call(self.model, parameters, kwargs=arguments).last_hidden_state
         return output
 
-    def read(self, hidden_BTE: Tensor, cache: SlotCache) -> Tensor:
-        """Outputs [B, T, E] for T tokens behind those in `cache`, which then holds them too (B = 1)."""
-        count, start = hidden_BTE.shape[1], cache.length
-        positions = torch.arange(start, start + count, device=hidden_BTE.device)
-        causal = torch.arange(start + count, device=hidden_BTE.device) <= positions[:, None]
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows) -> Tensor:
+        """Outputs [B, U, E] for each row's first `counts` tokens, which `cache` then holds too.
+
+        What stands behind them in the shorter rows is padding.
+        """
+        size, device = hidden_BUE.shape[1], hidden_BUE.device
+        starts_B1 = torch.tensor(cache.lengths, device=device)[:, None]
+        among = causal(size, device).expand(len(hidden_BUE), -1, -1)
         output: Tensor = self.model(
-            inputs_embeds=hidden_BTE,
-            attention_mask=causal[None, None],
-            position_ids=positions[None],
+            inputs_embeds=hidden_BUE,
+            attention_mask=visible_columns(cache.lengths, among)[:, None],
+            position_ids=starts_B1 + torch.arange(size, device=device),
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state
-        cache.append(count)
+        cache.advance(counts)
         return output
 
 

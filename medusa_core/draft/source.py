@@ -1,113 +1,87 @@
-"""What proposes drafts in a step: heads, the drafter that suits their kind, and their calibration."""
+"""The seam between the engine and whatever drafts: what a source is told, asked for, and answers.
 
-from dataclasses import dataclass, replace
-from typing import Protocol, cast
+Shapes: B rows, T tokens of a forward pass, P positions, V vocabulary, E hidden size.
+"""
 
-import torch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
 from torch import Tensor
 
-from medusa_core.draft.dynamic import Drafter, DraftTree, DynamicDrafter, StaticDrafter, couple
-from medusa_core.draft.heads import DraftHeads, ParallelHeads, SequentialHeads
-from medusa_core.draft.levels import DynamicLevelDrafter, LevelScores, StaticLevelDrafter
-from medusa_core.draft.tree import Tree
-from medusa_core.errors import ConfigError
-
-
-class Speculator(Protocol):
-    """Proposes a tree of drafts behind the roots."""
-
-    @property
-    def heads(self) -> DraftHeads: ...
-
-    @property
-    def max_depth(self) -> int:
-        """Of its trees, hence the most drafts a step can accept."""
-
-    def propose(
-        self, hidden_BE: Tensor, roots_B: Tensor, temperature: float, noise_KV: Tensor | None
-    ) -> DraftTree:
-        """`hidden_BE`: what the heads returned when they last `read`; `noise_KV`: the target's, per depth."""
+from medusa_core.draft.draft_tree import DraftTree
+from medusa_core.sampling_params import SamplingParams, SpeculationParams
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelSpeculator:
-    """For heads that draft all depths at once.
+class Committed:
+    """What a forward pass added to one sequence.
 
-    `taus` turn each head's scores into probabilities. `coupled` False drafts without the target's noise (only
-    to measure what coupling gains).
+    `token_ids`: committed now, in order; `root`: the token decided behind them, None while a prompt is not
+    read to its end. `hidden_TE`: hidden states (after the final norm) of all rows of the pass, of which those
+    in `path` belong to `token_ids`.
     """
 
-    heads: ParallelHeads
-    drafter: Drafter
-    taus: tuple[float, ...]
-    coupled: bool = True
+    slot: int
+    token_ids: Sequence[int]
+    root: int | None
+    hidden_TE: Tensor
+    path: Sequence[int]
 
     @property
-    def max_depth(self) -> int:
-        return self.drafter.max_depth
-
-    def propose(
-        self, hidden_BE: Tensor, roots_B: Tensor, temperature: float, noise_KV: Tensor | None
-    ) -> DraftTree:
-        logits = self.heads.draft_logits(hidden_BE)[:, : self.max_depth]
-        token_map = self.heads.token_map
-        scores = couple(logits, temperature, noise_KV if self.coupled else None, token_map)
-        tree = self.drafter.draft(scores, roots_B, self.taus)
-        if token_map is None:
-            return tree
-        drafted = token_map[tree.tokens_BT[:, 1:]]
-        return replace(tree, tokens_BT=torch.cat([tree.tokens_BT[:, :1], drafted], dim=1))
+    def features_UE(self) -> Tensor:
+        """Hidden states of the committed tokens."""
+        first, count = self.path[0], len(self.path)
+        if list(self.path) == list(range(first, first + count)):
+            return self.hidden_TE[first : first + count]
+        return self.hidden_TE[list(self.path)]
 
 
-@dataclass(frozen=True, slots=True)
-class SequentialSpeculator:
-    """For heads that are asked level by level, as they see the path; fields as in `ParallelSpeculator`."""
-
-    heads: SequentialHeads
-    drafter: StaticLevelDrafter | DynamicLevelDrafter
-    taus: tuple[float, ...]
-    coupled: bool = True
+class DraftBatch(Protocol):
+    """What a source may look at of the sequences that it proposes for, a row each."""
 
     @property
-    def max_depth(self) -> int:
-        return self.drafter.max_depth
+    def slots(self) -> tuple[int, ...]: ...
 
-    def propose(
-        self, hidden_BE: Tensor, roots_B: Tensor, temperature: float, noise_KV: Tensor | None
-    ) -> DraftTree:
-        noise_KV = noise_KV if self.coupled else None
-        scores = LevelScores(self.heads, hidden_BE, temperature, noise_KV)
-        return self.drafter.draft(scores, roots_B, self.taus)
+    @property
+    def params(self) -> tuple[SamplingParams, ...]: ...
 
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """Budget of each row's tree, root included."""
 
-AnyDrafter = Drafter | StaticLevelDrafter | DynamicLevelDrafter
+    @property
+    def roots_B(self) -> Tensor: ...
 
+    @property
+    def noise_BPV(self) -> Tensor | None:
+        """The noise that the target will draw with, a row per depth; None if all rows are greedy."""
 
-def static_drafter(heads: DraftHeads, tree: Tree, device: torch.device) -> AnyDrafter:
-    """Drafts a tree of always the same topology, which the heads must be able to fill."""
-    return StaticLevelDrafter(tree, device) if is_sequential(heads) else StaticDrafter(tree, device)
-
-
-def dynamic_drafter(heads: DraftHeads, nodes: int, device: torch.device) -> AnyDrafter:
-    """Drafts the likeliest `nodes` (root included; fewer where the heads cannot name so many)."""
-    if is_sequential(heads):
-        return DynamicLevelDrafter(nodes, heads.num_heads, heads.vocab_size)
-    return DynamicDrafter(nodes, heads.num_heads, heads.vocab_size, device)
+    def with_nodes(self, nodes: tuple[int, ...]) -> "DraftBatch":
+        """The same with other budgets."""
 
 
-def make_speculator(
-    heads: DraftHeads, drafter: AnyDrafter, taus: tuple[float, ...], *, coupled: bool = True
-) -> Speculator:
-    """`drafter` must have been made for these heads."""
-    if isinstance(drafter, StaticLevelDrafter | DynamicLevelDrafter):
-        return SequentialSpeculator(cast(SequentialHeads, heads), drafter, taus, coupled)
-    return ParallelSpeculator(cast(ParallelHeads, heads), drafter, taus, coupled)
+class DraftSource(Protocol):
+    """Proposes trees of drafts, and owns everything it remembers of sequences to do so, slot by slot.
 
+    Why a seam: the engine tells what was committed and asks for a tree, whatever the drafts come from. Heads,
+    n-grams, or a drafter with features of its own (EAGLE kind) are a class each, and no branch in the step.
+    """
 
-def is_sequential(heads: DraftHeads) -> bool:
-    """Whether these heads see the drafted path. Raises `ConfigError` for what is no kind of heads."""
-    if isinstance(heads, SequentialHeads):
-        return True
-    if isinstance(heads, ParallelHeads):
-        return False
-    raise ConfigError(f"{type(heads).__name__} drafts neither all depths at once nor level by level")
+    def check(self, speculation: SpeculationParams) -> None:
+        """Raise `TreeError` if it cannot draft what a request asks for."""
+
+    def is_adaptive(self, speculation: SpeculationParams) -> bool:
+        """Whether the engine chooses the size of this request's trees; a named tree is used as it is."""
+
+    def max_depth(self, speculation: SpeculationParams, nodes: int) -> int:
+        """Greatest depth of the trees it would propose, hence the most drafts a step can accept."""
+
+    def start(self, slot: int) -> None:
+        """A new sequence takes the slot: forget the one before."""
+
+    def observe(self, committed: Committed) -> None:
+        """Take in what a sequence gained, in order and without gaps."""
+
+    def propose(self, batch: DraftBatch) -> DraftTree:
+        """A tree for each row behind its root, of at most the row's budget."""

@@ -1,24 +1,33 @@
-"""Keeps speculation from costing more than it gains: shrinks the tree, down to off, and later tries again.
+"""How many nodes a tree gets: chosen from step times at start, adapted to what speculation gains since.
 
-It compares with no speculation only, by step times measured at start. A moment of load looks like
-a tree that does not pay: hence the trials of the next larger one, ever more rarely while they fail.
+`AdaptiveTreeSize` compares with no speculation only, by the step times measured at start. A moment of load
+looks like a tree that does not pay: hence the trials of the next larger one, ever more rarely while they
+fail.
 """
 
 import logging
 import math
+from bisect import bisect_right
+from collections.abc import Mapping
 
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.head_trees import fitting_trees
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.tree import Tree, expected_acceptance_length, grow_tree
+from medusa_core.sampling_params import DraftSourceName, SamplingParams
 
 logger = logging.getLogger(__name__)
 
+TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)  # measured at start, root included
 WINDOW_STEPS = 96
 RETRY_STEPS = 1000  # steps at a size before the next larger one gets a trial; doubles with each that fails
 MAX_RETRY_STEPS = 64_000
+NGRAM_NODES = 16  # at least, where n-grams draft
 BANDS = 4  # of temperatures: 0, up to 0.5, up to 1, up to 1.5, and all above
 
 
-class Governors:
-    """A governor for each kind of request, none of which shrinks another's tree.
+class AdaptiveTreeSizes:
+    """A size for each kind of request, none of which shrinks another's tree.
 
     Kinds differ in what they accept: at temperature 2 hardly a draft is right, and where that traffic is best
     served without speculation, greedy answers still gain from it.
@@ -26,18 +35,23 @@ class Governors:
 
     def __init__(self, nodes: int) -> None:
         self._nodes = nodes
-        self._by_kind: dict[tuple[str, str, int], Governor] = {}
+        self._by_kind: dict[tuple[str, str, str, int], AdaptiveTreeSize] = {}
 
-    def of(self, params: SamplingParams) -> "Governor":
-        """The one for requests of this mode, tree and band of temperatures."""
+    def of(self, params: SamplingParams) -> "AdaptiveTreeSize":
+        """The one for requests of this mode, source, tree and band of temperatures."""
         speculation = params.speculation
-        kind = (speculation.mode.value, speculation.tree, min(BANDS, math.ceil(2 * params.temperature)))
+        band = min(BANDS, math.ceil(2 * params.temperature))
+        kind = (speculation.mode.value, speculation.source.value, speculation.tree, band)
         if kind not in self._by_kind:
-            self._by_kind[kind] = Governor(self._nodes, f"{kind[0]}, {kind[1]} tree, {_band(kind[2])}")
+            # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
+            with_heads = speculation.source is DraftSourceName.HEADS
+            nodes = self._nodes if with_heads else max(self._nodes, NGRAM_NODES)
+            traffic = ", ".join((*kind[:2], f"{kind[2]} tree", _band(band)))
+            self._by_kind[kind] = AdaptiveTreeSize(nodes, traffic)
         return self._by_kind[kind]
 
 
-class Governor:
+class AdaptiveTreeSize:
     """Judges windows of decode steps: their seconds against what their tokens take without speculation.
 
     `traffic` names in the log whose steps they are.
@@ -62,7 +76,7 @@ class Governor:
         return self._ladder[self._rung]
 
     def observe(self, seconds: float, baseline_seconds: float) -> None:
-        """Take in one decode step that ran with the governor's size. A baseline of 0.0 is unknown."""
+        """Take in one decode step that ran with this size. A baseline of 0.0 is unknown."""
         if baseline_seconds <= 0.0 or len(self._ladder) == 1:
             return
         self._steps += 1
@@ -115,3 +129,34 @@ def _band(band: int) -> str:
     if band == 0:
         return "greedy"
     return f"temperature up to {band / 2:g}" if band < BANDS else f"temperature above {(BANDS - 1) / 2:g}"
+
+
+def expected_tokens(calibration: HeadCalibration, nodes: int, kind: str = "dynamic") -> float:
+    """A(T): mean acceptance length with a tree of `nodes`, measured if calibrated, else estimated."""
+    measured = calibration.expected.get(kind, {})
+    if nodes in measured:
+        return measured[nodes]
+    known = sorted(measured)
+    place = bisect_right(known, nodes)
+    if 0 < place < len(known):
+        low, high = known[place - 1], known[place]
+        return measured[low] + (nodes - low) / (high - low) * (measured[high] - measured[low])
+    return expected_acceptance_length(grow_tree(calibration.accuracies, nodes), calibration.accuracies)
+
+
+def expected_speedup(seconds: Mapping[int, float], calibration: HeadCalibration, nodes: int) -> float:
+    """Tokens per second with trees of that many nodes, relative to none; `seconds`: of a step, by nodes."""
+    tokens = expected_tokens(calibration, nodes) if nodes > 1 else 1.0
+    return tokens * seconds[1] / seconds[nodes]
+
+
+def fastest_size(seconds: Mapping[int, float], calibration: HeadCalibration) -> int:
+    """The tree size with the most expected tokens per second: argmax A(T) / t(T); 1 is off."""
+    return max(seconds, key=lambda nodes: expected_speedup(seconds, calibration, nodes))
+
+
+def scratch_rows(heads: DraftHeads | None, static_tree: Tree | None, tree_nodes: int | None) -> int:
+    """Cache rows behind the context for the largest tree that is measured or asked for."""
+    named = [] if heads is None else [tree.size for tree in fitting_trees(heads)]
+    own = [static_tree.size] if static_tree is not None else []
+    return max(*named, *own, tree_nodes or 1, *TREE_SIZES)

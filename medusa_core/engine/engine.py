@@ -13,29 +13,44 @@ from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration
-from medusa_core.draft.factory import DYNAMIC, STATIC, scratch_rows
+from medusa_core.draft.draft_tree import Origin
+from medusa_core.draft.head_source import HeadSource
+from medusa_core.draft.head_trees import DYNAMIC, STATIC
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.draft.source import Speculator
-from medusa_core.draft.tree_size import Governors
+from medusa_core.draft.source import Committed
+from medusa_core.draft.sources import build_sources
+from medusa_core.draft.tree import Tree
+from medusa_core.draft.tree_size import expected_speedup, fastest_size, scratch_rows
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
+from medusa_core.engine.batch import make_batch
+from medusa_core.engine.emit import decode_stats, emit
+from medusa_core.engine.failures import failed
 from medusa_core.engine.outputs import StepOutput, StepStats
-from medusa_core.engine.results import decode_stats, emit, failed
+from medusa_core.engine.planner import StepPlanner
+from medusa_core.engine.runner import EagerRunner
 from medusa_core.engine.sequence import Sequence
-from medusa_core.engine.step import decode_step, first_state, prefill_chunk
+from medusa_core.engine.step import RowResult, decode_step, first_root
 from medusa_core.engine.step_timer import StepTimer
-from medusa_core.engine.step_times import StepTimes, fastest_size
+from medusa_core.engine.step_times import StepTimes
 from medusa_core.engine.timing import phase_timer
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
-from medusa_core.loading.loader import EngineParts, load_parts, resolve_context_length, speculator_factory
+from medusa_core.loading.loader import (
+    EngineParts,
+    calibration_or_default,
+    load_parts,
+    load_static_tree,
+    resolve_context_length,
+)
 from medusa_core.loading.progress import OnStage, Stages
 from medusa_core.model.backbone import Backbone
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
-from medusa_core.sampling_params import SamplingParams, SpeculationMode
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
 from medusa_core.text.tokenizer import ChatTokenizer
 
 DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
@@ -46,26 +61,25 @@ class Engine:
     """Decodes requests in slots, one slot's step at a time."""
 
     def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
-        stages = Stages(on_stage)
+        progress = Stages(on_stage)
         self.config, self.backbone, self.chat_tokenizer = config, parts.backbone, parts.chat
-        self.heads = parts.heads
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
-        self.speculation = speculator_factory(parts, config.static_tree)
-        stages.enter(f"cache of {config.slots} x {self.context_length} tokens")
-        self._cache = self.backbone.new_cache(
-            config.slots,
-            self.context_length + scratch_rows(self.speculation, config.tree_nodes),
-            follower=self.heads.cache_shape if self.heads else None,
-        )
-        self._token_ids = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
+        static_tree = load_static_tree(config.static_tree, parts.heads)
+        progress.enter(f"cache of {config.slots} x {self.context_length} tokens")
+        capacity = self.context_length + scratch_rows(parts.heads, static_tree, config.tree_nodes)
+        self._cache = self.backbone.new_cache(config.slots, capacity)
+        self.head_source = self._make_head_source(parts, static_tree, capacity)
+        self._sources = build_sources(self.head_source)
+        self._runner = EagerRunner(self.backbone, self._cache)
+        self._vocabulary_V = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
         if config.measure:
-            stages.enter("measuring step times")
-        timer = StepTimer(self.backbone, self._cache, self.speculation)
+            progress.enter("measuring step times")
+        timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source)
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
-        self._governors = Governors(self.tree_nodes)
+        self._planner = StepPlanner(self._sources, self.tree_nodes, self.context_length)
 
     @classmethod
     def from_pretrained(
@@ -104,6 +118,10 @@ class Engine:
         return cls(parts, config)
 
     @property
+    def heads(self) -> DraftHeads | None:
+        return self.head_source.heads if self.head_source else None
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self.chat_tokenizer.tokenizer
 
@@ -127,9 +145,10 @@ class Engine:
             dtype=str(self.backbone.dtype).removeprefix("torch."),
             device=str(self.backbone.device),
             tree_nodes=self.tree_nodes,
-            trees=self.speculation.names if self.speculation else (),
-            sources=("heads",) if self.heads else (),
+            trees=self.head_source.trees.names if self.head_source else (),
+            sources=tuple(name.value for name in self._sources),
             slots=self.config.slots,
+            expected_speedup=self._expected_speedup(),
             defaults=self.default_params(),
         )
 
@@ -152,11 +171,16 @@ class Engine:
         stop_ids = frozenset(params.stop_token_ids)
         if not params.ignore_eos:
             stop_ids |= self.chat_tokenizer.eos_token_ids
+        slot, num_cached = self._cache.acquire(request.prompt_ids)
+        source = self._planner.source_of(params)
+        if source is not None:
+            source.start(slot)
         self._active[request.request_id] = Sequence(
             request=request,
-            slot=self._cache.acquire(),
+            slot=slot,
             stop_ids=stop_ids,
             max_total=self.context_length,
+            num_cached=num_cached,
         )
 
     def abort(self, request_id: str) -> bool:
@@ -233,7 +257,7 @@ class Engine:
     @torch.inference_mode()
     def _advance(self, sequence: Sequence) -> StepOutput:
         try:
-            return self._prefill(sequence) if sequence.state is None else self._decode(sequence)
+            return self._decode(sequence) if sequence.is_prefilled else self._prefill(sequence)
         except (MedusaError, RuntimeError, ValueError, LookupError, TypeError, MemoryError) as error:
             if isinstance(error, torch.AcceleratorError):
                 raise  # the device context is lost: nothing here can go on
@@ -260,80 +284,99 @@ class Engine:
             raise RequestError(f"the prompt has {len(ids)} tokens; at most {most} leave room for an answer")
         if not all(0 <= token < self.backbone.vocab_size for token in ids):
             raise RequestError(f"prompt token ids must be between 0 and {self.backbone.vocab_size - 1}")
-        tree = request.params.speculation.tree
-        if self.speculation:
-            self.speculation.check(tree)
-        elif tree not in (DYNAMIC, STATIC):
-            raise TreeError(f"there are no draft heads to fill tree {tree!r}")
+        speculation = request.params.speculation
+        source = self._sources.get(speculation.source)
+        if source is not None:
+            source.check(speculation)
+        elif speculation.source is DraftSourceName.BOTH:
+            raise RequestError("there are no draft heads for source 'both'; use 'ngram'")
+        elif speculation.tree not in (DYNAMIC, STATIC):
+            raise TreeError(f"there are no draft heads to fill tree {speculation.tree!r}")
 
     def _prefill(self, sequence: Sequence) -> StepOutput:
         timer = phase_timer(self.backbone.device)
         timer.mark()
-        start = sequence.num_prefilled
-        chunk = sequence.prompt_ids[start : start + self.config.prefill_chunk]
-        cache = self._cache.slots[sequence.slot]
-        output = prefill_chunk(self.backbone, cache, chunk)
-        sequence.num_prefilled += len(chunk)
-        tokens: list[int] = []
-        if sequence.num_prefilled == len(sequence.prompt_ids):
-            sequence.state, first = first_state(
-                output, sequence.params, len(sequence.prompt_ids), self._token_ids
-            )
-            tokens = [first]
-        elif self.heads and sequence.params.speculation.mode is not SpeculationMode.OFF:
-            self.heads.read(output.hidden_BTE, cache.follower)  # the last chunk is read by the first step
+        start, prompt_ids = sequence.num_cached, sequence.request.prompt_ids
+        chunk = prompt_ids[start : start + self.config.prefill_chunk]
+        output = self.backbone.prefill(chunk, self._cache.rows((sequence.slot,)))
+        sequence.num_cached += len(chunk)
+        root = None
+        if sequence.num_cached == len(prompt_ids):
+            root = first_root(sequence, output, self._vocabulary_V)
+            sequence.token_ids.append(root)
+        self._tell_source(sequence, chunk, root, output.hidden_BTE[0], range(len(chunk)))
         timer.mark()
         stats = StepStats(
-            mode=self._mode(sequence.params),
+            mode=self._planner.mode_of(sequence.params),
             is_prefill=True,
             seconds=sum(timer.seconds()),
             prompt_tokens=len(chunk),
         )
-        return emit(sequence, tokens, stats)
+        if root is None:
+            return StepOutput(request_id=sequence.request_id, token_ids=(), stats=stats)
+        return emit(sequence, [root], [Origin.MODEL], stats)
 
     def _decode(self, sequence: Sequence) -> StepOutput:
-        assert sequence.state is not None
-        cache = self._cache.slots[sequence.slot]
-        context = cache.length
-        governor = self._governors.of(sequence.params)
-        nodes = governor.nodes
-        speculator = self._speculator(sequence, nodes)
-        result = decode_step(
-            self.backbone, cache, sequence.state, sequence.params, speculator, self._token_ids
-        )
-        sequence.state = result.state
-        mode = sequence.params.speculation.mode if speculator else SpeculationMode.OFF
+        plan = self._planner.plan(sequence)
+        batch = make_batch([sequence], [plan.nodes], plan.depth, self._vocabulary_V)
+        result = decode_step(self._runner, batch, plan.source, phase_timer(self.backbone.device))
+        context = sequence.num_cached
+        [row] = result.rows
+        self._commit(sequence, row, result.hidden_BTE[0])
+        mode = self._planner.mode_of(sequence.params) if plan.source else SpeculationMode.OFF
+        stats = decode_stats(result, row, mode)
         per_token = self.step_times.baseline_seconds(context)
-        output = emit(sequence, result.token_ids, decode_stats(result, mode), per_token)
-        if self._is_governed(sequence.params) and (speculator is not None or nodes == 1):
-            assert output.stats is not None
-            governor.observe(output.stats.seconds, output.stats.baseline_seconds)
+        output = emit(sequence, row.token_ids, row.origins, stats, per_token)
+        assert output.stats is not None
+        plan.observe(output.stats)
         return output
 
-    def _speculator(self, sequence: Sequence, nodes: int) -> Speculator | None:
-        """None where the budget or context ends: no draft could be kept, or it would have no position."""
-        params = sequence.params
-        if self.speculation is None or params.speculation.mode is SpeculationMode.OFF or sequence.budget <= 1:
-            return None
-        speculator = self.speculation.speculator(params, nodes)
-        if speculator and sequence.num_tokens + speculator.max_depth > self.context_length:
-            return None
-        return speculator
+    def _commit(self, sequence: Sequence, row: RowResult, hidden_TE: Tensor) -> None:
+        """Book a step's path: root and accepted drafts are final, the token behind them is the next root."""
+        committed = [sequence.root, *row.token_ids[:-1]]
+        self._cache.advance(sequence.slot, len(row.path))
+        sequence.num_cached += len(row.path)
+        sequence.token_ids += row.token_ids
+        self._tell_source(sequence, committed, sequence.root, hidden_TE, row.path)
 
-    def _is_governed(self, params: SamplingParams) -> bool:
-        if self.speculation is None or params.speculation.mode is SpeculationMode.OFF:
-            return False
-        return self.speculation.is_adaptive(params.speculation.tree)
+    def _tell_source(
+        self,
+        sequence: Sequence,
+        token_ids: SequenceOf[int],
+        root: int | None,
+        hidden_TE: Tensor,
+        path: SequenceOf[int],
+    ) -> None:
+        source = self._planner.source_of(sequence.params)
+        if source is not None:
+            source.observe(Committed(sequence.slot, token_ids, root, hidden_TE, path))
 
-    def _mode(self, params: SamplingParams) -> SpeculationMode:
-        return params.speculation.mode if self.speculation else SpeculationMode.OFF
+    def _make_head_source(
+        self, parts: EngineParts, static_tree: Tree | None, capacity: int
+    ) -> HeadSource | None:
+        if parts.heads is None:
+            return None
+        calibration = calibration_or_default(parts.calibration, parts.heads)
+        source = HeadSource(parts.heads, calibration, self.backbone.device, static_tree)
+        source.allocate(
+            slots=self.config.slots,
+            capacity=capacity,
+            dtype=self.backbone.dtype,
+            device=self.backbone.device,
+        )
+        return source
 
     def _choose_tree_nodes(self) -> int:
-        if self.speculation is None:
+        if self.head_source is None:
             return 1
         if self.config.tree_nodes is not None:
             return self.config.tree_nodes
         if not self.step_times.trees:
             default = DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
-            return self.speculation.calibration.tree_nodes or default
-        return fastest_size(self.step_times, self.speculation.calibration)
+            return self.head_source.calibration.tree_nodes or default
+        return fastest_size(self.step_times.trees, self.head_source.calibration)
+
+    def _expected_speedup(self) -> float | None:
+        if self.head_source is None or self.tree_nodes not in self.step_times.trees:
+            return None
+        return expected_speedup(self.step_times.trees, self.head_source.calibration, self.tree_nodes)

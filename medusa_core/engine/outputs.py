@@ -17,12 +17,12 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepStats:
-    """What one engine step cost and gained. Times in seconds, tuples indexed by head (depth - 1).
+    """What one engine step cost and gained. Times in seconds, tuples indexed by depth - 1 (head).
 
-    `mode` is the mode the step ran in: OFF also when the engine's governor turned speculation off.
+    `mode` is the mode the step ran in: OFF also where drafting did not pay or found nothing to draft.
     `baseline_seconds` is what the step's tokens would have taken without speculation, from step times
-    measured at start (0.0 for prefill or where nothing was measured). `drafted[k]` counts tree nodes drafted
-    by head k, `accepted[k]` is 1 where head k's draft was accepted. `tree_nodes` includes the root.
+    measured at start (0.0 for prefill or where nothing was measured). `drafted[k]` counts tree nodes at
+    depth k + 1, `accepted[k]` is 1 where one of them was accepted. `tree_nodes` includes the root.
     """
 
     mode: SpeculationMode
@@ -38,9 +38,18 @@ class StepStats:
     accepted: tuple[int, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TokenExtras:
+    """What is told of a token besides its id. `origin`: who guessed it, "heads", "ngram" or else "model"."""
+
+    origin: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepOutput:
     """Tokens one request gained in one step; the last output of a request carries `finish_reason`.
+
+    `extras`: an entry for each of `token_ids`.
 
     `error` is set with `FinishReason.ERROR` only: a message for the log, not for the client. `stop_token_id`
     is the EOS or stop id that ended the sequence; it is not among `token_ids`. `out_of_memory`: that was the
@@ -49,6 +58,7 @@ class StepOutput:
 
     request_id: str
     token_ids: tuple[int, ...]
+    extras: tuple[TokenExtras, ...] = ()
     stats: StepStats | None = None
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from medusa_core.engine.logits_processors import LogitsChain
 from medusa_core.engine.outputs import FinishReason
-from medusa_core.engine.step import DecodeState
 from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 
@@ -13,17 +13,23 @@ from medusa_core.sampling_params import SamplingParams
 class Sequence:
     """A request that holds a slot.
 
-    Until prefill is done `state` is None; `num_prefilled` prompt tokens are in the cache. `num_tokens` is
-    prompt plus generated; it may not exceed `max_total`.
+    `token_ids` grows from the prompt: all tokens decided so far. `num_cached` of them are in the cache; the
+    last, the root, is not, and until the prompt is read there is none. Prompt and answer together may not
+    exceed `max_total`.
     """
 
     request: Request
     slot: int
     stop_ids: frozenset[int]
     max_total: int
-    num_prefilled: int = 0
+    num_cached: int = 0
     num_generated: int = 0
-    state: DecodeState | None = field(default=None)
+    token_ids: list[int] = field(init=False)
+    chain: LogitsChain = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.request.prompt_ids)
+        self.chain = LogitsChain.of(self.params)
 
     @property
     def request_id(self) -> str:
@@ -34,12 +40,18 @@ class Sequence:
         return self.request.params
 
     @property
-    def prompt_ids(self) -> list[int]:
-        return self.request.prompt_ids
+    def is_prefilled(self) -> bool:
+        """Whether there is a root."""
+        return len(self.token_ids) > len(self.request.prompt_ids)
+
+    @property
+    def root(self) -> int:
+        """The token decided last."""
+        return self.token_ids[-1]
 
     @property
     def num_tokens(self) -> int:
-        return len(self.prompt_ids) + self.num_generated
+        return len(self.request.prompt_ids) + self.num_generated
 
     @property
     def budget(self) -> int:

@@ -4,11 +4,18 @@ import logging
 
 import torch
 
-from medusa_core.draft.factory import SpeculatorFactory
-from medusa_core.engine.step import DecodeState, decode_step
-from medusa_core.engine.step_times import TREE_SIZES, StepTimes, measure_step_times
+from medusa_core.draft.head_source import HeadSource
+from medusa_core.draft.source import Committed
+from medusa_core.draft.tree_size import TREE_SIZES
+from medusa_core.engine.batch import make_batch
+from medusa_core.engine.runner import Runner
+from medusa_core.engine.sequence import Sequence
+from medusa_core.engine.step import decode_step
+from medusa_core.engine.step_times import StepTimes, measure_step_times
+from medusa_core.engine.timing import phase_timer
 from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
+from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -17,33 +24,50 @@ logger = logging.getLogger(__name__)
 class StepTimer:
     """Runs greedy steps over zeroed context: what they decide is nonsense, what they cost is not."""
 
-    def __init__(self, backbone: Backbone, cache: KVCache, speculation: SpeculatorFactory | None) -> None:
-        self._backbone, self._cache, self._speculation = backbone, cache, speculation
-        self._token_ids = torch.arange(backbone.vocab_size, device=backbone.device)
-        self._params = SamplingParams(temperature=0.0)
+    def __init__(self, runner: Runner, cache: KVCache, backbone: Backbone, source: HeadSource | None) -> None:
+        self._runner, self._cache, self._backbone, self._source = runner, cache, backbone, source
+        self._vocabulary_V = torch.arange(backbone.vocab_size, device=backbone.device)
+        self._request = Request(
+            request_id="measure", prompt_ids=[0], params=SamplingParams(temperature=0.0, seed=0)
+        )
 
     @torch.inference_mode()
     def measure(self, max_context: int) -> StepTimes:
         """Every context, and every tree size where there are heads to fill trees."""
-        if self._speculation is None:
+        if self._source is None:
             times = measure_step_times(self.seconds, max_context, ())
         else:  # the deepest drafts need positions too
-            room = max_context - self._speculation.heads.num_heads
+            room = max_context - self._source.heads.num_heads
             times = measure_step_times(self.seconds, room, TREE_SIZES)
         logger.info("step times (ms): %s", {n: round(1e3 * t, 2) for n, t in times.trees.items()})
         return times
 
     def seconds(self, nodes: int, context: int) -> float:
         """One step over `context` cached tokens; `nodes` 1 is ordinary decoding."""
-        backbone, slot = self._backbone, self._cache.acquire()
+        slot, _ = self._cache.acquire(())
         try:
-            cache = self._cache.slots[slot]
-            cache.append(context)
-            if cache.follower is not None:
-                cache.follower.append(context - 1)
-            hidden = torch.zeros(1, 1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
-            state = DecodeState(self._token_ids[:1], hidden)
-            speculator = self._speculation.speculator(self._params, nodes) if self._speculation else None
-            return decode_step(backbone, cache, state, self._params, speculator, self._token_ids).seconds
+            self._cache.advance(slot, context)
+            sequence = Sequence(
+                request=self._request,
+                slot=slot,
+                stop_ids=frozenset(),
+                max_total=context + nodes,
+                num_cached=context,
+            )
+            source, depth = None, 0
+            if self._source is not None and nodes > 1:
+                source, depth = self._source, self._prepare(slot, nodes, context)
+            batch = make_batch([sequence], [nodes], depth, self._vocabulary_V)
+            return decode_step(self._runner, batch, source, phase_timer(self._backbone.device)).seconds
         finally:
             self._cache.release(slot)
+
+    def _prepare(self, slot: int, nodes: int, context: int) -> int:
+        """Have the heads know of all of the context but its last token; returns the depth of their tree."""
+        assert self._source is not None
+        backbone = self._backbone
+        hidden = torch.zeros(1, backbone.hidden_size, dtype=backbone.dtype, device=backbone.device)
+        self._source.start(slot)
+        self._source.assume_read(slot, context - 1)
+        self._source.observe(Committed(slot, [0], 0, hidden, [0]))
+        return self._source.max_depth(self._request.params.speculation, nodes)

@@ -6,10 +6,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from medusa_core.draft.accuracy import HeadCalibration
-from medusa_core.draft.tree import expected_acceptance_length, grow_tree
-
-TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)
 BASELINE_CONTEXTS = (32, 256, 1024, 4096, 16384)
 REFERENCE_CONTEXT = 256
 MEASURE_SECONDS = 0.4  # per point, at least MIN_REPEATS and at most MAX_REPEATS steps
@@ -58,25 +54,3 @@ def measure_step_times(timed_step: TimedStep, max_context: int, tree_sizes: tupl
         baseline={c: medians[1, c] for c in contexts},
         trees={1: medians[1, reference]} | {size: medians[size, reference] for size in tree_sizes},
     )
-
-
-def expected_tokens(calibration: HeadCalibration, nodes: int, kind: str = "dynamic") -> float:
-    """A(T): mean acceptance length with a tree of `nodes`, measured if calibrated, else estimated."""
-    measured = calibration.expected.get(kind, {})
-    if nodes in measured:
-        return measured[nodes]
-    known = sorted(measured)
-    place = bisect_right(known, nodes)
-    if 0 < place < len(known):
-        low, high = known[place - 1], known[place]
-        return measured[low] + (nodes - low) / (high - low) * (measured[high] - measured[low])
-    return expected_acceptance_length(grow_tree(calibration.accuracies, nodes), calibration.accuracies)
-
-
-def fastest_size(times: StepTimes, calibration: HeadCalibration) -> int:
-    """The tree size with the most expected tokens per second: argmax A(T) / t(T) (design §4); 1 is off."""
-
-    def rate(nodes: int) -> float:
-        return (expected_tokens(calibration, nodes) if nodes > 1 else 1.0) / times.trees[nodes]
-
-    return max(times.trees, key=rate)

@@ -11,11 +11,11 @@ from medusa_core.checkpoints import describe_files, fetch_beside, find_heads, lo
 from medusa_core.config import DEFAULT_CONTEXT_LIMIT, EngineConfig
 from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.draft.accuracy import HeadCalibration, default_calibration, load_calibration
-from medusa_core.draft.factory import SpeculatorFactory, scratch_rows
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.draft.tree import load_tree
+from medusa_core.draft.tree import Tree, load_tree
+from medusa_core.draft.tree_size import scratch_rows
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.loading.devices import free_memory, unused_gpu
 from medusa_core.loading.memory import check_fits, gib, memory_need
@@ -112,36 +112,30 @@ def check_memory(
     if backbone is None or free is None:
         logger.info("whether it fits the memory of %s is not known beforehand", device)
         return
-    outline, factory = None, None
+    outline = None
     if heads is not None:
         outline = outline_heads(heads, backbone, vocab_size=vocab_size, dtype=dtype)
-        tree = load_tree(config.static_tree) if config.static_tree is not None else None
-        calibration = default_calibration(outline.heads.num_heads)
-        factory = SpeculatorFactory(outline.heads, calibration, device, tree)
+    drafted_by = outline.heads if outline is not None else None
+    static_tree = load_static_tree(config.static_tree, drafted_by)
     need = memory_need(
         backbone,
         outline,
         config,
         context=resolve_context_length(config.max_length, backbone.max_positions),
-        scratch=scratch_rows(factory, config.tree_nodes),
+        scratch=scratch_rows(drafted_by, static_tree, config.tree_nodes),
         device=device,
     )
     logger.info("%s GiB of memory needed on %s (%s), %s free", gib(need.total), device, need, gib(free))
     check_fits(need, free, device, dtype)
 
 
-def speculator_factory(parts: EngineParts, static_tree: str | None) -> SpeculatorFactory | None:
-    """What turns requests into draft trees; None without heads. Raises `TreeError` or `ConfigError`."""
-    if parts.heads is None:
-        if static_tree is not None:
-            raise ConfigError(f"static_tree {static_tree!r} is set, but there are no draft heads to fill it")
+def load_static_tree(name_or_file: str | None, heads: DraftHeads | None) -> Tree | None:
+    """The tree that "static" means, if one is named. Raises `TreeError`, or `ConfigError` without heads."""
+    if name_or_file is None:
         return None
-    return SpeculatorFactory(
-        parts.heads,
-        calibration_or_default(parts.calibration, parts.heads),
-        parts.backbone.device,
-        load_tree(static_tree) if static_tree is not None else None,
-    )
+    if heads is None:
+        raise ConfigError(f"static_tree {name_or_file!r} is set, but there are no draft heads to fill it")
+    return load_tree(name_or_file)
 
 
 def resolve_context_length(max_length: int | None, max_positions: int) -> int:

@@ -8,7 +8,7 @@ import contextlib
 import inspect
 import os
 import pickle  # for the name of an error alone  # nosec B403
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,9 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.utils import logging as transformers_logging
 
-from medusa_core.errors import CheckpointError, ConfigError
-from medusa_core.model.kv_cache import CacheShape, KVCache, SlotCache
+from medusa_core.errors import CheckpointError
+from medusa_core.model.kv_cache import CacheRows, CacheShape, KVCache
+from medusa_core.model.masks import additive_mask, causal, visible_columns
 
 IGNORED_KEYS = ("medusa_head.", "medusa_heads.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -79,43 +80,40 @@ class Backbone:
         embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
         return embeddings
 
-    def new_cache(self, slots: int, capacity: int, follower: CacheShape | None = None) -> KVCache:
-        """Zeroed slots for this model's layers, and for draft heads' if `follower` is given.
+    def new_cache(self, slots: int, capacity: int) -> KVCache:
+        """Zeroed slots for this model's layers. Raises `ConfigError` if memory does not hold them."""
+        return KVCache(
+            self._cache_shape, slots=slots, capacity=capacity, dtype=self.dtype, device=self.device
+        )
 
-        Raises `ConfigError` if memory does not hold them.
-        """
-        shape = self._cache_shape
-        try:
-            return KVCache(
-                shape,
-                slots=slots,
-                capacity=capacity,
-                dtype=self.dtype,
-                device=self.device,
-                follower=follower,
-            )
-        except RuntimeError as error:
-            if isinstance(error, torch.AcceleratorError):
-                raise
-            per_token = sum(s.bytes_per_token(self.dtype) for s in (shape, follower) if s)
-            gib = per_token * slots * capacity / 2**30
-            raise ConfigError(
-                f"a cache of {slots} slots of {capacity} tokens needs {gib:.1f} GiB, which are not free: "
-                "lower slots or max_length"
-            ) from error
+    def prefill(self, token_ids: Sequence[int], cache: CacheRows) -> BackboneOutput:
+        """Run and commit prompt tokens behind one row's own; logits [1, 1, V] are the last token's."""
+        count = len(token_ids)
+        [start] = cache.lengths
+        tokens = torch.tensor([list(token_ids)], device=self.device)
+        positions = torch.arange(start, start + count, device=self.device)[None]
+        output = self.forward(tokens, positions, causal(count, self.device), cache, logits_from=count - 1)
+        cache.advance([count])
+        return output
 
     def forward(
-        self, tokens_BT: Tensor, positions_BT: Tensor, mask: Tensor, cache: SlotCache, logits_from: int = 0
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        among_BTT: Tensor,
+        cache: CacheRows,
+        logits_from: int = 0,
     ) -> BackboneOutput:
-        """Run T tokens; their keys and values go behind the cache's committed rows, uncommitted.
+        """Run T tokens of each row; their keys and values go behind its committed ones, uncommitted.
 
-        `mask` [B, 1, T, S+T] is additive (0 or the dtype's minimum) without the sliding window, which is
-        applied here where the model has one. Logits are computed for tokens `logits_from` on.
+        `among`: which of the T tokens each of them sees; all see the committed ones, as far as the model's
+        sliding window allows. Logits are computed for tokens `logits_from` on.
         """
+        mask = additive_mask(visible_columns(cache.lengths, among_BTT), self.dtype)
         kwargs: dict[str, Any] = {
             "input_ids": tokens_BT,
             "position_ids": positions_BT,
-            "attention_mask": self._layer_masks(mask, positions_BT, cache.length),
+            "attention_mask": self._layer_masks(mask, positions_BT, cache.lengths),
             "past_key_values": cache,
             "use_cache": True,
         }
@@ -131,7 +129,9 @@ class Backbone:
             hidden, logits = out.hidden_states[-1], out.logits
         return BackboneOutput(hidden, logits[..., : self.vocab_size])
 
-    def _layer_masks(self, mask: Tensor, positions_BT: Tensor, cached: int) -> Tensor | dict[str, Tensor]:
+    def _layer_masks(
+        self, mask: Tensor, positions_BT: Tensor, lengths: Sequence[int]
+    ) -> Tensor | dict[str, Tensor]:
         """The mask in the form the model's layers want: with the window where they slide."""
         if self.window is None:
             return mask
@@ -140,7 +140,8 @@ class Backbone:
             sliding = mask
         else:
             columns = torch.arange(width, device=mask.device).expand(positions_BT.shape[0], -1).clone()
-            columns[:, cached:] = positions_BT
+            new = torch.arange(positions_BT.shape[1], device=mask.device)
+            columns.scatter_(1, torch.tensor(lengths, device=mask.device)[:, None] + new, positions_BT)
             far = columns[:, None, None, :] <= positions_BT[:, None, :, None] - self.window
             sliding = mask.masked_fill(far, torch.finfo(mask.dtype).min)
         if self._layer_types == {"sliding_attention"}:

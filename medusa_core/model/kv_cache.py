@@ -1,12 +1,9 @@
-"""Key/value cache in slots. Owns the memory and each slot's committed length; knows nothing of trees or text.
+"""Key/value cache in slots: owns the memory and each slot's committed length; knows nothing of trees or text.
 
-One tensor `storage` [L, 2, B, H, C, D] holds every layer's keys and values: L layers, B slots, H key/value
-heads, C capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind the
-committed length n; `commit` keeps the accepted rows (the trim of the paper, §2.2), anything not committed is
-overwritten later.
-
-Draft heads with attention of their own (Hydra++) keep their keys and values in a *follower*: the same slots
-of another shape, whose length trails the slot's and never exceeds it.
+One tensor [L, 2, B, H, C, D] holds every layer's keys and values: L layers, B slots, H key/value heads, C
+capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind a slot's committed
+length n; `keep` moves the accepted ones behind n (the trim of the Medusa paper, §2.2), and whatever is not
+committed is overwritten later.
 """
 
 from collections.abc import Sequence
@@ -15,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from medusa_core.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +29,90 @@ class CacheShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
-class SlotLayer(CacheLayerMixin):
-    """One layer of one slot, as transformers' attention modules see it."""
+class KVCache:
+    """The slots' memory: allocated once, handed out slot by slot.
+
+    Raises `ConfigError` if memory does not hold it.
+    """
+
+    def __init__(
+        self, shape: CacheShape, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (shape.num_layers, 2, slots, shape.num_kv_heads, capacity, shape.head_dim)
+        try:
+            self.storage_L2BHCD = torch.zeros(size, dtype=dtype, device=device)
+        except RuntimeError as error:
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            gib = shape.bytes_per_token(dtype) * slots * capacity / 2**30
+            raise ConfigError(
+                f"a cache of {slots} slots of {capacity} tokens needs {gib:.1f} GiB, which are not free: "
+                "lower slots or max_length"
+            ) from error
+        self.capacity = capacity
+        self.lengths = [0] * slots
+        self._free = list(reversed(range(slots)))
+        self._rows: dict[tuple[int, ...], CacheRows] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    def acquire(self, prompt_ids: Sequence[int]) -> tuple[int, int]:
+        """Take a free slot for a prompt; the caller checks `num_free` first.
+
+        Returns the slot and how many of the prompt's first tokens it holds already: a seam for prefix reuse,
+        0 as long as slots forget what they held.
+        """
+        slot = self._free.pop()
+        self.lengths[slot] = 0
+        return slot, 0
+
+    def release(self, slot: int) -> None:
+        assert slot not in self._free
+        self._free.append(slot)
+
+    def rows(self, slots: tuple[int, ...]) -> "CacheRows":
+        """These slots as a model's `past_key_values`, in this order."""
+        if slots not in self._rows:
+            self._rows[slots] = CacheRows(self, slots)
+        return self._rows[slots]
+
+    def keep(self, slots_B: Tensor, lengths_B: Tensor, path_BD: Tensor) -> None:
+        """Move the rows of a path (node indices of the last forward pass, root first) behind n.
+
+        Static in shape: all D rows move, those behind the accepted ones for nothing. Lengths do not change:
+        `advance` follows when the host knows how many count.
+        """
+        source_BD = lengths_B[:, None] + path_BD
+        target_BD = lengths_B[:, None] + torch.arange(path_BD.shape[1], device=path_BD.device)
+        rows_B1 = slots_B[:, None]
+        # Advanced indices on both sides of a slice come first: [B, D, L, 2, H, head dim].
+        self.storage_L2BHCD[:, :, rows_B1, :, target_BD] = self.storage_L2BHCD[:, :, rows_B1, :, source_BD]
+
+    def advance(self, slot: int, count: int) -> None:
+        """Commit `count` rows behind the slot's length."""
+        self._set_length(slot, self.lengths[slot] + count)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget everything from position `length` on."""
+        if not 0 <= length <= self.lengths[slot]:
+            raise ValueError(f"cannot truncate {self.lengths[slot]} tokens to {length}")
+        self._set_length(slot, length)
+
+    def _set_length(self, slot: int, length: int) -> None:
+        assert length <= self.capacity
+        self.lengths[slot] = length
+
+
+class RowsLayer(CacheLayerMixin):
+    """One layer of some slots, as transformers' attention modules see it."""
 
     is_sliding = False
 
-    def __init__(self, keys_BHCD: Tensor, values_BHCD: Tensor) -> None:
+    def __init__(self, cache: KVCache, slots: tuple[int, ...], layer: int) -> None:
         super().__init__()
-        self.keys, self.values = keys_BHCD, values_BHCD
-        self.length = 0
+        self._cache, self._slots, self._layer = cache, slots, layer
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -47,114 +121,50 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write T rows [1, H, T, D] behind the committed ones; return all n+T rows."""
-        assert self.keys is not None
-        assert self.values is not None
-        end = self.length + key_states.shape[2]
-        self.keys[:, :, self.length : end] = key_states
-        self.values[:, :, self.length : end] = value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        """Write T rows [B, H, T, D] behind each slot's own; return [B, H, max(n)+T, D]."""
+        count = key_states.shape[2]
+        starts = [self._cache.lengths[slot] for slot in self._slots]
+        storage_2BHCD = self._cache.storage_L2BHCD[self._layer]
+        for row, (slot, start) in enumerate(zip(self._slots, starts, strict=True)):
+            storage_2BHCD[0, slot, :, start : start + count] = key_states[row]
+            storage_2BHCD[1, slot, :, start : start + count] = value_states[row]
+        end = max(starts) + count
+        first = self._slots[0]
+        if self._slots == tuple(range(first, first + len(self._slots))):
+            keys, values = storage_2BHCD[:, first : first + len(self._slots), :, :end]
+        else:
+            keys, values = storage_2BHCD[:, list(self._slots), :, :end]
+        return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.length
+        return max(self._cache.lengths[slot] for slot in self._slots)
 
     def get_max_length(self) -> int:
-        assert self.keys is not None
-        return int(self.keys.shape[2])
+        return self._cache.capacity
 
 
-class SlotCache(Cache):
-    """One slot of a `KVCache`, passed to the model as `past_key_values` (batch of one)."""
+class CacheRows(Cache):
+    """Some slots of a `KVCache` as the rows of a batch, passed to a model as `past_key_values`."""
 
-    def __init__(self, storage_L2HCD: Tensor, follower: "SlotCache | None" = None) -> None:
-        self.follower = follower
-        self._storage = storage_L2HCD
-        self._slot_layers = [SlotLayer(layer[0][None], layer[1][None]) for layer in storage_L2HCD]
-        super().__init__(layers=list(self._slot_layers))
-        self._length = 0
+    def __init__(self, cache: KVCache, slots: tuple[int, ...]) -> None:
+        self._cache, self.slots = cache, slots
+        self._rows_layers = [RowsLayer(cache, slots, layer) for layer in range(len(cache.storage_L2BHCD))]
+        super().__init__(layers=list(self._rows_layers))
 
     @property
-    def length(self) -> int:
-        """Committed tokens n."""
-        return self._length
-
-    @property
-    def capacity(self) -> int:
-        return int(self._storage.shape[3])
+    def lengths(self) -> tuple[int, ...]:
+        """Committed tokens n of each row."""
+        return tuple(self._cache.lengths[slot] for slot in self.slots)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        return self._slot_layers[layer_idx].update(key_states, value_states)
+        return self._rows_layers[layer_idx].update(key_states, value_states)
 
-    def commit(self, path: Sequence[int]) -> None:
-        """Keep the rows of `path` (node indices of the last forward pass, root first) and drop the rest."""
-        start = self._length
-        moved = [(i, node) for i, node in enumerate(path) if node != i]
-        if moved:
-            first = moved[0][0]
-            source = torch.tensor(path[first:], device=self._storage.device) + start
-            rows = self._storage.index_select(3, source)
-            self._storage[:, :, :, start + first : start + len(path)] = rows
-        self._set_length(start + len(path))
-
-    def append(self, count: int) -> None:
-        """Commit the first `count` rows of the last forward pass in order (prefill)."""
-        self._set_length(self._length + count)
-
-    def truncate(self, length: int) -> None:
-        """Forget everything from position `length` on."""
-        if not 0 <= length <= self._length:
-            raise ValueError(f"cannot truncate {self._length} tokens to {length}")
-        self._set_length(length)
-        if self.follower is not None:
-            self.follower.truncate(min(length, self.follower.length))
-
-    def _set_length(self, length: int) -> None:
-        assert length <= self.capacity
-        self._length = length
-        for layer in self._slot_layers:
-            layer.length = length
-
-
-class KVCache:
-    """The slots' memory, and their followers' if given a shape: allocated once, handed out slot by slot."""
-
-    def __init__(
-        self,
-        shape: CacheShape,
-        *,
-        slots: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device,
-        follower: CacheShape | None = None,
-    ) -> None:
-        def allocate(shape: CacheShape) -> Tensor:
-            size = (shape.num_layers, 2, slots, shape.num_kv_heads, capacity, shape.head_dim)
-            return torch.zeros(size, dtype=dtype, device=device)
-
-        self.storage_L2BHCD = allocate(shape)
-        followers: list[SlotCache | None] = [None] * slots
-        if follower is not None:
-            storage = allocate(follower)
-            followers = [SlotCache(storage[:, :, slot]) for slot in range(slots)]
-        self.slots = [SlotCache(self.storage_L2BHCD[:, :, slot], followers[slot]) for slot in range(slots)]
-        self._free = list(reversed(range(slots)))
-
-    @property
-    def num_free(self) -> int:
-        return len(self._free)
-
-    def acquire(self) -> int:
-        """Take a free slot, emptied; the caller checks `num_free` first."""
-        slot = self._free.pop()
-        self.slots[slot].truncate(0)
-        return slot
-
-    def release(self, slot: int) -> None:
-        assert slot not in self._free
-        self._free.append(slot)
+    def advance(self, counts: Sequence[int]) -> None:
+        """Commit the first rows of the last forward pass, in order, as many as each row's count."""
+        for slot, count in zip(self.slots, counts, strict=True):
+            self._cache.advance(slot, count)

@@ -1,4 +1,4 @@
-"""An answer's text from its tokens: detokenised, cut at stop strings, and what of it counts."""
+"""Assembles an answer's text from its tokens: detokenizing, stop strings, token counts."""
 
 from collections.abc import Sequence
 

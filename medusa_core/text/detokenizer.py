@@ -1,4 +1,4 @@
-"""Token ids to text as they arrive, and stop strings in that text. One object per answer; no torch here."""
+"""Incremental detokenizer and stop-string matcher, one object per answer. No torch here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

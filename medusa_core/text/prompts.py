@@ -1,4 +1,4 @@
-"""Prompts for measuring: conversations from JSONL files."""
+"""Reads prompts for measurements: conversations in JSONL files."""
 
 import gzip
 import json

@@ -1,7 +1,7 @@
-"""A sentencepiece `tokenizer.model` as a `tokenizers.Tokenizer` that gives the same ids.
+"""Converts a sentencepiece `tokenizer.model` to a `tokenizers.Tokenizer` that gives the same ids.
 
-Only what such files of language models use: BPE or unigram, with or without byte fallback. Anything else is
-refused, since a tokenizer that is nearly right makes a model quietly worse.
+Supported are BPE and unigram, with or without byte fallback. Anything else is refused, since a tokenizer
+that is nearly right silently makes a model worse.
 """
 
 import json

@@ -1,7 +1,7 @@
-"""Finding and loading a model's tokenizer, chat template and generation defaults. No torch here.
+"""Loads a model's tokenizer, chat template and generation defaults. No torch here.
 
 `PreTrainedTokenizerFast` is imported and never `AutoTokenizer`, which would import torch: the HTTP process
-tokenises too, and it must start fast and hold no accelerator.
+tokenizes too, and it must start fast and hold no accelerator.
 """
 
 import json
@@ -22,7 +22,7 @@ from medusa_core.text.sentencepiece import convert_sentencepiece
 
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-# Everything but weights: what a process needs that tokenises and never runs the model.
+# Everything but weights: enough to tokenize for a model that runs elsewhere.
 TOKENIZER_FILES = [
     "tokenizer.json",
     "tokenizer.model",
@@ -39,7 +39,7 @@ TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, Look
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationDefaults:
-    """Sampling values the model's author recommends in `generation_config.json`; None where they say nothing.
+    """Sampling values recommended in `generation_config.json`; None if unspecified.
 
     As in transformers, sampling values count only with `do_sample: true`, and an explicit `do_sample: false`
     is greedy decoding (temperature 0). Unlike there, a value that is not in the file has no hidden default
@@ -54,7 +54,7 @@ class GenerationDefaults:
 
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with what surrounds it: template, end-of-sequence ids, generation defaults.
+    """A tokenizer with its chat template, end-of-sequence ids and generation defaults.
 
     `vocab_size` is the greatest id plus one, which may be less than the model's padded vocabulary. Safe to
     share between threads.
@@ -74,12 +74,10 @@ class ChatTokenizer:
         if self.tokenizer.chat_template is None:
             raise TokenizerError(_NO_TEMPLATE)
         try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
+            text = _render_template(self.tokenizer, messages)
         except TEMPLATE_FAILURES as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return self._encode(str(text), special=False)
+        return self._encode(text, special=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the tokenizer puts around it (BOS)."""
@@ -124,7 +122,7 @@ def load_chat_tokenizer(
         tokenizer.chat_template = read_template("vicuna")
     if require_template and tokenizer.chat_template is None:
         raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
-    _check_template_syntax(tokenizer)
+    _check_template(tokenizer)
     generation = _read_json(directory / "generation_config.json")
     return ChatTokenizer(
         tokenizer=tokenizer,
@@ -135,7 +133,7 @@ def load_chat_tokenizer(
 
 
 def builtin_templates() -> list[str]:
-    """Names `chat_template` can have beside a path."""
+    """Names of the built-in chat templates."""
     return sorted(path.stem for path in TEMPLATES.glob("*.jinja"))
 
 
@@ -151,10 +149,11 @@ def read_template(name: str) -> str:
         ) from error
 
 
-_NO_TEMPLATE = (
-    "the model has no chat template; set MEDUSA_CHAT_TEMPLATE to a built-in name "
-    f"({', '.join(builtin_templates())}) or to the path of a Jinja file"
+_TEMPLATE_REMEDY = (
+    f"Set MEDUSA_CHAT_TEMPLATE (--chat-template) to a built-in name ({', '.join(builtin_templates())}) "
+    "or to the path of a Jinja file"
 )
+_NO_TEMPLATE = f"the model has no chat template. {_TEMPLATE_REMEDY}"
 
 
 def _locate(model: str | Path) -> Path:
@@ -189,21 +188,34 @@ def _load_tokenizer(directory: Path, config: Mapping[str, Any]) -> PreTrainedTok
     return tokenizer
 
 
-def _check_template_syntax(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Now rather than at every request: no messages get through a template that does not compile.
+def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse at once a template that does not compile, or that leaves out what the user says.
 
-    What a template that compiles says to this one message is its own affair.
+    A template that refuses these two conversations may accept others.
     """
     if tokenizer.chat_template is None:
         return
-    try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], tokenize=False)
-    except TemplateSyntaxError as error:
+    texts = set()
+    for content in ("Hello", "Goodbye"):
+        try:
+            texts.add(_render_template(tokenizer, [{"role": "user", "content": content}]))
+        except TemplateSyntaxError as error:
+            raise TokenizerError(
+                f"the chat template is broken in line {error.lineno}: {error.message}"
+            ) from error
+        except TEMPLATE_FAILURES:
+            return
+    if len(texts) == 1:
         raise TokenizerError(
-            f"the chat template is broken in line {error.lineno}: {error.message}"
-        ) from error
-    except TEMPLATE_FAILURES:
-        return
+            "the chat template renders no message: its text is the same whatever the user says. "
+            f"{_TEMPLATE_REMEDY}"
+        )
+
+
+def _render_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]]) -> str:
+    """The conversation's text up to the assistant's turn. Raises one of `TEMPLATE_FAILURES`."""
+    turns = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:

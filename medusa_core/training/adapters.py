@@ -1,6 +1,6 @@
-"""Which of the backbone's weights learn in a joint run (medusa-2), and the finished model from them.
+"""Makes a backbone trainable (medusa-2): LoRA adapters or all weights, and merging them afterwards.
 
-Weights that learn are float32, whatever the products are taken in.
+Trainable weights are float32, whatever dtype the matrix products use.
 """
 
 import warnings

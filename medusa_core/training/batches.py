@@ -1,7 +1,7 @@
-"""Examples as the Trainer wants them: one dialogue a row, or several packed into one.
+"""Dataset and collator: one dialogue a row, or several packed into one.
 
 Dialogues in a packed row do not see each other: their positions start over, from which transformers makes a
-block-diagonal causal mask (`medusa_core.training.model` checks that the model at hand does).
+block-diagonal causal mask (`builders.check_packs` checks that the model at hand does).
 """
 
 from bisect import bisect_left, insort

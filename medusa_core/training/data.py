@@ -1,6 +1,6 @@
-"""Dialogues into token ids with assistant tokens marked, and batches of them.
+"""Turns dialogues into token ids with the assistant's tokens marked as targets.
 
-What counts as an assistant token is read off the chat template by rendering prefixes, so any template works:
+Assistant tokens are found by rendering prefixes with the chat template, so any template works:
 a turn is what the template adds to its own generation prompt, up to and including the end-of-turn token.
 """
 
@@ -22,7 +22,7 @@ NO_TARGET = -100  # transformers counts other labels to average the loss over ac
 REPORTED_ROWS = 20
 ENCODE_BATCH = 1024
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -37,7 +37,7 @@ class BadRows:
             raise DataError(f"{place}: {reason}")
         self.count += 1
         if self.count <= REPORTED_ROWS:
-            log.warning("%s skipped: %s", place, reason)
+            logger.warning("%s skipped: %s", place, reason)
 
 
 @dataclass(slots=True)
@@ -69,7 +69,7 @@ def load_examples(
     while rendered := list(islice(rows, ENCODE_BATCH)):
         examples += _encode(rendered, chat, sequence_length)
     if bad.count:
-        log.warning("%d rows skipped", bad.count)
+        logger.warning("%d rows skipped", bad.count)
     if not examples:
         raise DataError(f"no usable dialogue in {', '.join(map(str, sources))}")
     return examples

@@ -1,4 +1,4 @@
-"""How well heads guess the backbone's greedy tokens on held-out dialogues, and how good it is itself."""
+"""Held-out evaluation: accuracy and loss of each head, and the backbone's own loss."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +9,9 @@ from torch import Tensor
 from medusa_core.draft.heads import TrainingBatch
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.data import NO_TARGET, Example
-from medusa_core.training.joint import JointTrainer, next_tokens
+from medusa_core.training.joint import JointModule, next_tokens
 from medusa_core.training.loss import CHUNK_ELEMENTS, Targets, find_targets
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,8 +28,8 @@ class HeadEvaluation:
 
 
 @torch.inference_mode()
-def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: int) -> HeadEvaluation | None:
-    """Judge the heads on every target token of the examples; None without examples."""
+def evaluate_heads(model: HeadModule, examples: Sequence[Example], batch_size: int) -> HeadEvaluation | None:
+    """Evaluate the heads on every target token; None without examples."""
     if not examples:
         return None
     model.eval()  # no dropout
@@ -51,7 +51,7 @@ def evaluate_heads(model: HeadTrainer, examples: Sequence[Example], batch_size: 
 
 
 @torch.inference_mode()
-def evaluate_backbone(model: JointTrainer, examples: Sequence[Example], batch_size: int) -> float | None:
+def evaluate_backbone(model: JointModule, examples: Sequence[Example], batch_size: int) -> float | None:
     """The backbone's cross-entropy with the data, nats per assistant token; None without examples."""
     if not examples:
         return None
@@ -63,7 +63,7 @@ def evaluate_backbone(model: JointTrainer, examples: Sequence[Example], batch_si
     return loss / max(1, count)
 
 
-def _batches(model: HeadTrainer, examples: Sequence[Example], batch_size: int) -> Iterator[dict[str, Tensor]]:
+def _batches(model: HeadModule, examples: Sequence[Example], batch_size: int) -> Iterator[dict[str, Tensor]]:
     """Batches of dialogues of similar length, on the model's device."""
     collate = Collator()
     dataset = ExampleDataset(sorted(examples, key=lambda example: len(example.input_ids)))
@@ -72,7 +72,7 @@ def _batches(model: HeadTrainer, examples: Sequence[Example], batch_size: int) -
         yield {name: tensor.to(model.backbone.device) for name, tensor in collate(rows).items()}
 
 
-def _judge(model: HeadTrainer, batch: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor]:
+def _judge(model: HeadModule, batch: TrainingBatch, targets: Targets) -> tuple[Tensor, Tensor]:
     """Hits and summed cross-entropy of each head [K] on one batch, chunk by chunk."""
     heads, hidden_NE = model.heads, batch.hidden_BSE.flatten(0, 1)
     teacher = model.teacher(hidden_NE, targets)

@@ -1,4 +1,4 @@
-"""Medusa-2: heads and backbone trained together (Medusa paper §2.2.2, arXiv 2401.10774).
+"""The module of joint training, medusa-2: heads and backbone (Medusa paper §2.2.2, arXiv 2401.10774).
 
 L = L_LM + lambda_0 * L_heads. L_LM is the backbone's cross-entropy on the data's assistant tokens or, with
 self-distillation, KL(p_original || p_student) there: with LoRA the original is the same weights with the
@@ -18,15 +18,15 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.training.config import LossKind
 from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import TeacherTargets, head_losses, teacher_entropy
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 
 
-class JointTrainer(HeadTrainer):
+class JointModule(HeadModule):
     """Heads and backbone, both with float32 master weights; products are taken in `dtype`.
 
     `progress` (0 to 1) is the Trainer's to set: with `ramps` the heads' loss weighs
-    heads_weight * sin(pi/2 * progress). `original`, if given, is a context in which the backbone is as it
-    was: then that is what it is held to.
+    heads_weight * sin(pi/2 * progress). `original`, if given, is a context in which the backbone has its
+    original weights: the target of self-distillation.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""How much memory training Medusa heads on a frozen backbone takes at its peak, on paper. No torch here.
+"""Estimates the peak memory of training Medusa heads on a frozen backbone. No torch here.
 
 A step has three peaks of which the greatest counts: the losses (output gradients grow chunk by chunk), the
 backward pass (they are scaled into the parameters' gradients) and the optimizer's step. Heads are float32:

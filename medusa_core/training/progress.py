@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class ProgressReport(TrainerCallback):
@@ -57,7 +57,7 @@ class ProgressReport(TrainerCallback):
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], status=status)
         else:
-            log.info("step %d of %d · %s", state.global_step, state.max_steps, status)
+            logger.info("step %d of %d · %s", state.global_step, state.max_steps, status)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object

@@ -1,4 +1,4 @@
-"""A frozen backbone's linear layers in 8 or 4 bits, through torchao or bitsandbytes, whichever is installed.
+"""Quantizes a frozen backbone's linear layers to 8 or 4 bits with torchao or bitsandbytes.
 
 The output layer keeps its precision: teacher and heads' first rows are read from it.
 """
@@ -17,7 +17,7 @@ PACKAGES = {Quantization.INT8: ("torchao", "bitsandbytes"), Quantization.INT4: (
 
 
 def quantize(model: PreTrainedModel, kind: Quantization) -> None:
-    """Quantise every linear layer but the output layer, in place. Raises `ConfigError`."""
+    """Quantize every linear layer but the output layer, in place. Raises `ConfigError`."""
     installed = [package for package in PACKAGES[kind] if find_spec(package) is not None]
     if not installed:
         raise ConfigError(

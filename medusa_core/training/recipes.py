@@ -1,17 +1,18 @@
-"""The published recipes as defaults, and one run's settings from recipe, YAML file and flags.
+"""Recipe defaults, and the merging of recipe, YAML file and flags into one configuration.
 
 Later ones win: TrainConfig's defaults, the recipe's, the joint mode's (medusa-2), the file, the flags.
 Sources: the Medusa paper, §2.2 and its training configurations; the README of Hydra's code.
 """
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import Field, fields
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from medusa_core.errors import ConfigError
+from medusa_core.option_field import option_of
 from medusa_core.training.config import JOINT_PANEL, JointMode, Recipe, TrainConfig, Tune
 
 _HYDRA: Mapping[str, Any] = {
@@ -46,7 +47,7 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
         raise ConfigError(f"{', '.join(missing)} must be given, as an option or in the --config file")
     recipe = given.get("recipe", Recipe.MEDUSA_1)
     if recipe != Recipe.MEDUSA_2:
-        joint = [spec.name for spec in fields(TrainConfig) if spec.metadata["panel"] == JOINT_PANEL]
+        joint = [spec.name for spec in fields(TrainConfig) if _panel(spec) == JOINT_PANEL]
         _refuse(given, joint, "recipe medusa-2, which trains the backbone too")
     if given.get("joint", JointMode.TWO_STAGE) != JointMode.TWO_STAGE:
         _refuse(given, ["stage_one"], "two-stage runs")
@@ -58,8 +59,13 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
     return TrainConfig(**(defaults | given))
 
 
+def _panel(spec: Field[Any]) -> str | None:
+    described = option_of(spec)
+    return None if described is None else described.panel
+
+
 def _refuse(given: Mapping[str, Any], names: list[str], whose: str) -> None:
-    """Settings that would do nothing in this run are refused."""
+    """Raise `ConfigError` for settings that would have no effect in this run."""
     default = {spec.name: spec.default for spec in fields(TrainConfig)}
     unused = [name for name in names if given.get(name, default[name]) != default[name]]
     if unused:

@@ -1,4 +1,4 @@
-"""What a run leaves behind: heads or a whole model, and a report beside them."""
+"""Writes the result of a run: heads or a whole model, and a report beside them."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,18 +11,16 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.model.backbone import quiet_transformers
 from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.adapters import ADAPTER_FOLDER, Tuned
-from medusa_core.training.arguments import as_json
-from medusa_core.training.building import training_dtype
+from medusa_core.training.builders import training_dtype
 from medusa_core.training.config import TrainConfig
 from medusa_core.training.evaluation import HeadEvaluation
-from medusa_core.training.model import HeadTrainer
-
-REPORT_FILE = "training.json"
+from medusa_core.training.module import HeadModule
+from medusa_core.training.run_folder import REPORT_FILE, as_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainReport:
-    """What a run did. `seconds`, `tokens` (without padding) and their rate are this process and session's.
+    """Figures of a run. `seconds`, `tokens` (without padding) and their rate are this process and session's.
 
     `losses`: (step, training loss) as logged. `evaluation` is None where nothing was held out, and in
     processes other than the first; so are `backbone_before` and `backbone_after`, the held-out loss in nats
@@ -40,7 +38,11 @@ class TrainReport:
 
 
 def save_result(
-    config: TrainConfig, model: HeadTrainer, tuned: Tuned | None, chat: ChatTokenizer, report: TrainReport
+    config: TrainConfig,
+    model: HeadModule,
+    tuned: Tuned | None,
+    chat: ChatTokenizer,
+    report: TrainReport,
 ) -> None:
     """Heads in `config.out`, or the tuned backbone with the heads inside (format C); training.json last."""
     dtype = training_dtype(config, model.backbone.device)
@@ -63,7 +65,7 @@ def save_result(
 
 
 def _remove_stale(config: TrainConfig) -> None:
-    """What an earlier run in this folder left and a reader would take for a part of the new result."""
+    """Remove files of an earlier run that a reader would take for part of the new result."""
     names = (CALIBRATION_FILE, *HEAD_FILES, *HYDRA_FILES) if config.is_joint else (CALIBRATION_FILE,)
     for name in names:  # a file of heads would hide those among the model's weights
         (config.out / name).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Dialogues as they come: JSONL, JSON and Parquet files, and data sets of the Hub.
+"""Reads dialogues from JSONL, JSON and Parquet files and from Hub data sets.
 
 A row is an object with `messages` (role, content) or ShareGPT's `conversations` (from, value). No torch here.
 """

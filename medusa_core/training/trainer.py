@@ -1,4 +1,4 @@
-"""`train_heads`: one run from files to finished heads, on transformers' Trainer.
+"""Runs one training: data, heads, transformers' Trainer, result.
 
 CPU, GPU and several GPUs (under torchrun or accelerate) are the Trainer's business, as are checkpoints and
 resuming. A two-stage run of medusa-2 is two runs in a row: heads alone in OUT/stage-1, then both in OUT.
@@ -19,26 +19,30 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import DataError
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
-from medusa_core.training.arguments import HeadTrainingArguments, prepare_checkpoints, training_arguments
+from medusa_core.training.arguments import HeadTrainingArguments, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset
-from medusa_core.training.building import build_backbone, build_heads, build_trainer_module, peak_bytes
+from medusa_core.training.builders import build_backbone, build_heads, build_trainer_module, peak_bytes
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_backbone, evaluate_heads
-from medusa_core.training.joint import JointTrainer
-from medusa_core.training.loop import HeadsTrainer, RampCallback
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.hf_trainer import HeadsTrainer, RampCallback
+from medusa_core.training.joint import JointModule
+from medusa_core.training.module import HeadModule
 from medusa_core.training.progress import ProgressReport
-from medusa_core.training.report import REPORT_FILE, TrainReport, save_result
+from medusa_core.training.report import TrainReport, save_result
+from medusa_core.training.run_folder import (
+    REPORT_FILE,
+    STAGE_ONE_FOLDER,
+    cleaned_if_failed,
+    prepare_checkpoints,
+)
 
-STAGE_ONE_FOLDER = "stage-1"
-
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What a run works on: tokenizer, dialogues, and where it shows progress."""
+    """Tokenizer, dialogues and console of a run."""
 
     chat: ChatTokenizer
     training: list[Example]
@@ -49,17 +53,23 @@ class _Task:
 def train_heads(config: TrainConfig, console: Console | None = None) -> TrainReport:
     """Train draft heads and write them to `config.out` with training.json; only process 0 writes.
 
-    Recipe medusa-2 writes the changed backbone there too, heads inside (format C). Progress is shown on
+    Recipe medusa-2 writes the changed backbone there too, heads inside (format C). A run that fails with
+    nothing to resume leaves no new files. Progress is shown on
     `console` (default: standard error) if it is a terminal, else logged. Raises `ConfigError`, `DataError`,
     `CheckpointError` or `TokenizerError`.
     """
     arguments = training_arguments(config)  # first: it says in one line what cannot be
-    checkpoint = prepare_checkpoints(config, arguments)
+    with cleaned_if_failed(config.out, is_first=arguments.process_index == 0):
+        return _train(config, arguments, console or Console(stderr=True))
+
+
+def _train(config: TrainConfig, arguments: HeadTrainingArguments, console: Console) -> TrainReport:
+    checkpoint = prepare_checkpoints(config, is_first=arguments.process_index == 0)
     chat = load_chat_tokenizer(config.model, config.chat_template)
     examples = load_examples(config.data, chat, sequence_length=config.sequence_length, strict=config.strict)
     training, held_out = split_examples(examples, config.val_fraction, config.seed)
-    log.info("%d dialogues to train on, %d held out", len(training), len(held_out))
-    task = _Task(chat, training, held_out, console or Console(stderr=True))
+    logger.info("%d dialogues to train on, %d held out", len(training), len(held_out))
+    task = _Task(chat, training, held_out, console)
     if config.is_joint and config.joint == JointMode.TWO_STAGE and config.heads is None:
         second = _train_stage_one(config, task)
         return _run(second, task, training_arguments(second), checkpoint, recorded=config)
@@ -67,7 +77,7 @@ def train_heads(config: TrainConfig, console: Console | None = None) -> TrainRep
 
 
 def _train_stage_one(config: TrainConfig, task: _Task) -> TrainConfig:
-    """Heads alone, unless that is done already. Returns the settings of the rest of the run."""
+    """Train the heads alone, unless that is done already. Returns the configuration of stage two."""
     folder = config.out / STAGE_ONE_FOLDER
     share = config.stage_one
     steps = None if config.max_steps is None else max(1, round(config.max_steps * share))
@@ -82,11 +92,13 @@ def _train_stage_one(config: TrainConfig, task: _Task) -> TrainConfig:
         gradient_checkpointing=False,
     )
     arguments = training_arguments(stage)
-    checkpoint = prepare_checkpoints(stage, arguments)  # checks that a finished stage had these settings
+    checkpoint = prepare_checkpoints(
+        stage, is_first=arguments.process_index == 0
+    )  # checks that a finished stage had these settings
     if not (config.resume and (folder / REPORT_FILE).exists()):
-        log.info("stage 1: heads alone")
+        logger.info("stage 1: heads alone")
         _run(stage, task, arguments, checkpoint, recorded=stage)
-    log.info("stage 2: heads and backbone")
+    logger.info("stage 2: heads and backbone")
     return replace(
         config,
         heads=str(folder),
@@ -103,7 +115,7 @@ def _run(
     *,
     recorded: TrainConfig,
 ) -> TrainReport:
-    """Train, judge and save; `recorded` are the settings as they were given."""
+    """Train, evaluate and save; `recorded` is the configuration as the user gave it."""
     set_seed(config.seed)  # fresh weights are drawn before the Trainer seeds what follows
     backbone = build_backbone(config, arguments.device, task.chat.vocab_size)
     heads = build_heads(config, backbone, task.training)
@@ -111,7 +123,7 @@ def _run(
     model = build_trainer_module(config, backbone, heads, tuned)
     is_first = arguments.process_index == 0
     if isinstance(heads, MedusaHeads) and not config.is_joint:
-        log.info("memory: about %.1f GiB at the peak", peak_bytes(config, backbone, heads) / 2**30)
+        logger.info("memory: about %.1f GiB at the peak", peak_bytes(config, backbone, heads) / 2**30)
     before = _backbone_loss(model, task.held_out, config) if is_first else None
     collator = Collator()
     progress = ProgressReport(task.console)
@@ -142,7 +154,7 @@ def _run(
 
 @contextmanager
 def _writing_to(out: Path) -> Iterator[None]:
-    """A full disk is no fault of ours."""
+    """Turn errors of writing, such as a full disk, into `DataError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -153,7 +165,7 @@ def _build_trainer(
     config: TrainConfig,
     task: _Task,
     arguments: HeadTrainingArguments,
-    model: HeadTrainer,
+    model: HeadModule,
     collator: Collator,
     progress: ProgressReport,
 ) -> HeadsTrainer:
@@ -164,7 +176,7 @@ def _build_trainer(
             task.training, pack_to=config.sequence_length if config.packing else None
         ),
         data_collator=collator,
-        callbacks=[progress, *([RampCallback(model)] if isinstance(model, JointTrainer) else [])],
+        callbacks=[progress, *([RampCallback(model)] if isinstance(model, JointModule) else [])],
         heads_rate=config.heads_rate if config.is_joint else 1.0,
     )
     for callback in (ProgressCallback, PrinterCallback):  # ours replaces both
@@ -172,8 +184,8 @@ def _build_trainer(
     return trainer
 
 
-def _backbone_loss(model: HeadTrainer, held_out: Sequence[Example], config: TrainConfig) -> float | None:
-    """The held-out loss of a backbone that learns."""
-    if not isinstance(model, JointTrainer):
+def _backbone_loss(model: HeadModule, held_out: Sequence[Example], config: TrainConfig) -> float | None:
+    """The held-out loss of a backbone that is trained too; None of a frozen one."""
+    if not isinstance(model, JointModule):
         return None
     return evaluate_backbone(model, held_out, config.batch_size)

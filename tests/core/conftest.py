@@ -18,10 +18,10 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason
-from medusa_core.engine.step import prefill_chunk
 from medusa_core.model.backbone import Backbone, load_backbone
+from medusa_core.model.kv_cache import CacheRows
 from medusa_core.request import Request
-from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 
 NUM_HEADS = 4
@@ -50,8 +50,10 @@ def add(engine: Engine, request_id: str, prompt_ids: list[int], params: Sampling
     engine.add(Request(request_id=request_id, prompt_ids=prompt_ids, params=params))
 
 
-def speculate(mode: str = "exact", tree: str = "dynamic", **rest: float) -> SpeculationParams:
-    return SpeculationParams(mode=SpeculationMode(mode), tree=tree, **rest)
+def speculate(
+    mode: str = "exact", tree: str = "dynamic", source: str = "heads", **rest: float
+) -> SpeculationParams:
+    return SpeculationParams(mode=SpeculationMode(mode), source=DraftSourceName(source), tree=tree, **rest)
 
 
 @pytest.fixture(scope="session")
@@ -107,6 +109,11 @@ def randomise(heads: AnyHeads) -> AnyHeads:
     return heads.requires_grad_(False)
 
 
+def one_row(backbone: Backbone, capacity: int) -> CacheRows:
+    """A cache of one slot, as the backbone takes it."""
+    return backbone.new_cache(1, capacity).rows((0,))
+
+
 def fit_heads(
     heads: AnyHeads, backbone: Backbone, answers: list[tuple[list[int], int]], *, steps: int, lr: float
 ) -> AnyHeads:
@@ -118,8 +125,7 @@ def fit_heads(
     with torch.inference_mode():
         for row, (ids, start) in enumerate(answers):
             tokens[row, : len(ids)] = torch.tensor(ids)
-            slot = backbone.new_cache(1, len(ids)).slots[0]
-            hidden[row, : len(ids)] = prefill_chunk(backbone, slot, ids).hidden_BTE[0]
+            hidden[row, : len(ids)] = backbone.prefill(ids, one_row(backbone, len(ids))).hidden_BTE[0]
             places += [row * width + place for place in range(start - 1, len(ids) - NUM_HEADS - 1)]
     batch = TrainingBatch(hidden, tokens)
     source_KN = torch.tensor(places).expand(NUM_HEADS, -1)

@@ -5,13 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from medusa_core.errors import MedusaError
 from server import serve as listener
-from server.cli import app
-from server.flags import settings_flags
+from server.cli import app, settings_options
 from server.settings import Settings
 
 
@@ -69,18 +67,15 @@ def test_errors_are_for_the_wrapper_of_the_core():
         CliRunner().invoke(app, ["serve", "--port", "x"], catch_exceptions=False)
 
 
-def test_flags_decorator_makes_options():
-    probe = typer.Typer()
-    seen = {}
+def test_an_extra_in_brackets_is_shown():
+    output = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    assert "medusa-serve[otel]" in output
 
-    @probe.command()
-    @settings_flags(Settings)
-    def command(**flags: str | None) -> None:
-        seen.update(flags)
 
-    assert CliRunner().invoke(probe, ["--max-body-bytes", "5"]).exit_code == 0
-    assert set(seen) == set(Settings.model_fields)
-    assert {name: value for name, value in seen.items() if value is not None} == {"max_body_bytes": "5"}
+def test_options_are_the_settings():
+    group = settings_options()
+    assert [parameter.name for parameter in group.parameters] == list(Settings.model_fields)
+    assert group.build(max_body_bytes="5000", port=None).max_body_bytes == 5000
 
 
 def test_api_process_imports_no_torch():

@@ -1,7 +1,7 @@
 """Calibration against slow references, and against what the engine then really does."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,16 +21,16 @@ from medusa_core.calibration.measure import (
 from medusa_core.checkpoints import save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration, save_calibration
-from medusa_core.draft.dynamic import NOISE_WEIGHT
-from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.coupling import NOISE_WEIGHT
+from medusa_core.draft.head_drafter import make_drafter
+from medusa_core.draft.heads import DraftHeads, last_of_each
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.draft.source import make_speculator, static_drafter
 from medusa_core.draft.tree import make_tree
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.engine.step_times import TREE_SIZES
 from medusa_core.errors import CapacityError, ConfigError, DataError
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.prompts import Prompt
 from medusa_core.text.tokenizer import ChatTokenizer
@@ -119,8 +119,8 @@ class ScriptedHeads:
         self.token_map: Tensor | None = None
         self.cache_shape: CacheShape | None = None
 
-    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
-        return hidden_BTE[:, -1]
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
+        return last_of_each(hidden_BUE, counts)
 
     def contextualise(self, hidden_BSE: Tensor) -> Tensor:
         return hidden_BSE
@@ -207,18 +207,17 @@ def test_a_head_of_which_nothing_was_seen_keeps_its_scores() -> None:
 def test_lengths_are_walked_in_steps() -> None:
     """By hand: a chain of two guesses; a long run jumps over the positions behind it."""
     heads = ScriptedHeads(2, 4)
-    drafter = static_drafter(heads, make_tree("chain", [[0], [0, 0]]), CPU)
-    chain = make_speculator(heads, drafter, (1.0, 1.0))
+    chain = make_drafter(heads, make_tree("chain", [[0], [0, 0]]), CPU)
     scores = torch.zeros(8, 2, 4)
     scores[..., 1] = 1.0  # both heads always guess token 1
     answer = [1, 1, 2, 1, 1, 1, 2, 1, 1]
     targets = torch.tensor([[answer[i], answer[i + 1]] for i in range(8)])
-    meter = LengthMeter(chain)
+    meter = LengthMeter(chain, (1.0, 1.0))
     meter.add(seen(scores, targets))
     # From 0: 1, 1 and then 2, three tokens; from 3: 1, 1 and then 1; from 6: nothing, the 2; from 7: 1, 1.
     assert (meter.steps, meter.mean) == (4, (3 + 3 + 1 + 3) / 4)
     targets[7, 1] = -1  # the last step is now cut short: not counted
-    again = LengthMeter(chain)
+    again = LengthMeter(chain, (1.0, 1.0))
     again.add(seen(scores, targets))
     assert (again.steps, again.mean) == (3, round(7 / 3, 4))
 
@@ -306,8 +305,8 @@ def test_end_to_end(
     save_calibration(result, destination(str(tmp_path)))
     assert load_calibration(tmp_path) == result
     again = Engine.from_pretrained(tiny_model_dir, heads=tmp_path, config=config)
-    assert again.speculation is not None
-    assert again.speculation.calibration == result
+    assert again.head_source is not None
+    assert again.head_source.calibration == result
     prompt = tiny_prompts[3]
     on = SamplingParams(temperature=1.0, seed=3, max_tokens=16)
     off = SamplingParams(temperature=1.0, seed=3, max_tokens=16, speculation=speculate("off"))

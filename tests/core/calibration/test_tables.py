@@ -153,8 +153,8 @@ def test_heads_with_a_table_decode_with_its_tree(
     steps = [output for output in engine.steps("Hello", params) if output.stats is not None]
     # The best seven products: .5 .2 .05 by head 1; .15 .06 .05 with head 2 behind it; .03 with head 3 too.
     assert max(step.stats.drafted for step in steps if step.stats is not None) == (3, 3, 1)
-    assert engine.speculation is not None
-    assert engine.speculation.calibration.taus(0.7, 4) == (1.0,) * 4
+    assert engine.head_source is not None
+    assert engine.head_source.calibration.taus(0.7, 4) == (1.0,) * 4
     other = tmp_path / "elsewhere"
     calibrate("--from-table", write_heads(tmp_path / "t.csv"), "--out", other, *where)
     assert load_calibration(other) == load_calibration(heads)

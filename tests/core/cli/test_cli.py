@@ -11,15 +11,17 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from medusa_core import __version__
 from medusa_core.cli import chat as chat_command
 from medusa_core.cli.chat import Conversation
+from medusa_core.cli.engine_options import ModelOptions, SpeculationOptions
 from medusa_core.cli.main import app, main
 from medusa_core.config import EngineConfig
-from medusa_core.engine.answer import DecodeTotals, stream_answer
+from medusa_core.engine.answer import AnswerStats
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.errors import RequestError
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationParams
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
 
@@ -59,7 +61,7 @@ def test_help_names_the_commands_and_imports_no_torch():
 
 
 def test_version():
-    assert CliRunner().invoke(app, ["--version"]).output == "0.1.0\n"
+    assert CliRunner().invoke(app, ["--version"]).output == f"{__version__}\n"
 
 
 def test_mistakes_are_one_line_and_exit_code_1(tmp_path):
@@ -79,6 +81,14 @@ def test_mistakes_are_one_line_and_exit_code_1(tmp_path):
         (["--tree", "nope"], "tree 'nope'"),
         (["--raw", "--system", "x"], "--raw leaves out"),
         (["--chat-template", "nope"], "chat template 'nope'"),
+        # What the HTTP API refuses too.
+        (["--temperature", "2.1"], "temperature must be between 0 and 2"),
+        (["--top-k", str(2**31)], "top_k must be at most"),
+        (["--max-tokens", "0"], "max_tokens must be at least 1"),
+        (["--seed", str(2**64)], "seed must fit"),
+        (["--stop", ""], "texts that are not empty"),
+        (["--stop", "x" * 257], "at most 256 characters"),
+        (["--stop", "a", "--stop", "b", "--stop", "c", "--stop", "d", "--stop", "e"], "at most 4 texts"),
     ],
 )
 def test_bad_options_are_named(tiny_model_dir, monkeypatch, capsys, options, message):
@@ -94,7 +104,7 @@ def test_bad_options_are_named(tiny_model_dir, monkeypatch, capsys, options, mes
 
 
 def test_generate_prints_what_the_engine_decodes(engine, invoke):
-    expected = "".join(stream_answer(engine, [{"role": "user", "content": "Hello"}], GREEDY, DecodeTotals()))
+    expected = engine.chat([{"role": "user", "content": "Hello"}], GREEDY).text
     result = invoke("generate", "Hello", "--temperature", "0", "--max-tokens", "40")
     assert result.exit_code == 0
     assert result.stdout == expected + "\n"
@@ -102,16 +112,15 @@ def test_generate_prints_what_the_engine_decodes(engine, invoke):
 
 
 def test_generate_json_reports_text_and_figures(engine, invoke):
-    totals = DecodeTotals()
-    expected = "".join(stream_answer(engine, "Hello", GREEDY, totals))
+    expected = engine.stream("Hello", GREEDY).read()
     result = invoke(
         "generate", "-", "--raw", "--json", "--temperature", "0", "--max-tokens", "40", stdin="Hello"
     )
     report = json.loads(result.stdout)
-    assert report["text"] == expected
-    assert report["finish_reason"] == totals.finish_reason
+    assert report["text"] == expected.text
+    assert report["finish_reason"] == expected.finish_reason
     assert report["prompt_tokens"] == len(engine.tokenizer.encode("Hello"))
-    assert report["completion_tokens"] == totals.tokens
+    assert report["completion_tokens"] == expected.stats.tokens
     assert report["tokens_per_step"] == 1.0
 
 
@@ -129,14 +138,34 @@ def test_generate_takes_seed_and_system_message(invoke):
     assert len(set(texts.values())) == 3
 
 
-def test_stop_strings_end_an_answer_and_free_the_slot(engine):
-    whole = "".join(stream_answer(engine, "Hello", GREEDY, DecodeTotals()))
+def test_generate_ends_before_a_stop_text(engine, invoke):
+    whole = engine.stream("Hello", GREEDY).read().text
     stop = whole[5:8]
-    totals = DecodeTotals()
-    pieces = list(stream_answer(engine, "Hello", GREEDY, totals, [stop]))
-    assert "".join(pieces) == whole[: whole.index(stop)]
-    assert totals.finish_reason is FinishReason.STOP
-    assert engine.num_free_slots == 1
+    options = ["--raw", "--json", "--temperature", "0", "--max-tokens", "40"]
+    report = json.loads(invoke("generate", "Hello", *options, "--stop", "@@@@", "--stop", stop).stdout)
+    assert (report["text"], report["finish_reason"]) == (whole[: whole.index(stop)], "stop")
+
+
+def test_a_seed_of_our_own_is_told_and_repeats_the_answer(invoke):
+    options = ["--json", "--temperature", "2", "--max-tokens", "20"]
+    first = json.loads(invoke("generate", "Hello", *options).stdout)
+    again = json.loads(invoke("generate", "Hello", *options, "--seed", str(first["seed"])).stdout)
+    other = json.loads(invoke("generate", "Hello", *options).stdout)
+    assert again["text"] == first["text"]
+    assert other["seed"] != first["seed"]
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "bench"])
+def test_every_draft_source_is_offered(command):
+    shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output
+    assert "heads|ngram|both" in shown
+
+
+def test_speculation_options_reach_request_and_engine():
+    options = SpeculationOptions(source=DraftSourceName.NGRAM, tree="static", tree_nodes=9)
+    assert options.params == SpeculationParams(source=DraftSourceName.NGRAM, tree="static")
+    config = ModelOptions(dtype="float32").engine_config(options)
+    assert config == EngineConfig(dtype="float32", tree_nodes=9)
 
 
 def test_chat_reads_turns_from_a_pipe(engine, invoke):
@@ -165,11 +194,9 @@ def test_each_turn_has_the_next_seed_and_the_whole_conversation(engine):
     conversation.answer("Hello", second.append)
     roles = [message["role"] for message in conversation.messages]
     assert roles == ["system", "user", "assistant", "user", "assistant"]
-    expected = stream_answer(
-        engine, conversation.messages[:4], SamplingParams(max_tokens=20, seed=0), DecodeTotals()
-    )
-    assert "".join(second) == "".join(expected)
-    assert conversation.totals.tokens > 0
+    expected = engine.chat(conversation.messages[:4], SamplingParams(max_tokens=20, seed=0))
+    assert "".join(second) == expected.text
+    assert conversation.stats.tokens > 0
 
 
 def test_a_refused_message_leaves_the_conversation_as_it_was(engine):
@@ -191,10 +218,10 @@ def test_ctrl_c_ends_an_answer_early_and_keeps_what_was_said(engine):
         said.append(piece)
         signal.raise_signal(signal.SIGINT)
 
-    totals = conversation.answer("Hello", write)
+    stats = conversation.answer("Hello", write)
     assert len(said) == 1
     assert conversation.messages[-1] == {"role": "assistant", "content": said[0]}
-    assert totals.finish_reason is None
+    assert stats.finish_reason is None
     assert engine.num_free_slots == 1
     assert signal.getsignal(signal.SIGINT) is before
 
@@ -231,11 +258,19 @@ def test_chat_at_a_terminal_ends_with_its_input(engine, monkeypatch):
     chat_command._talk(Conversation(engine, GREEDY, None))
 
 
+def test_commands_from_a_pipe_are_commands(engine, invoke):
+    """They must not reach the model as messages; a wrong one gets help, as at a terminal."""
+    result = invoke("chat", stdin="/help\n/nope\n/reset\n/exit\nnever\n")
+    assert result.exit_code == 0
+    assert result.stdout.split() == f"{chat_command.HELP} {chat_command.HELP}".split()
+    assert result.stderr == "A new conversation.\n"
+
+
 def test_estimated_speedup_needs_a_measured_baseline():
-    totals = DecodeTotals(decode_tokens=6, decode_steps=2, decode_seconds=2.0)
-    assert totals.estimated_speedup is None
-    assert "plain" not in totals.summary()
-    totals.add(DecodeTotals(baseline_seconds=4.0, finish_reason=FinishReason.LENGTH))
-    assert totals.estimated_speedup == 2.0
-    assert (totals.tokens_per_second, totals.tokens_per_step) == (3.0, 3.0)
-    assert "about 2.0x plain decoding" in totals.summary()
+    stats = AnswerStats(decode_tokens=6, decode_steps=2, decode_seconds=2.0)
+    assert stats.estimated_speedup is None
+    assert "plain" not in stats.summary()
+    stats.add(AnswerStats(baseline_seconds=4.0, finish_reason=FinishReason.LENGTH))
+    assert stats.estimated_speedup == 2.0
+    assert (stats.tokens_per_second, stats.tokens_per_step) == (3.0, 3.0)
+    assert "about 2.0x plain decoding" in stats.summary()

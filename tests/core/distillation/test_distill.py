@@ -22,7 +22,6 @@ from medusa_core.distillation.progress import DistillProgress
 from medusa_core.distillation.run import Distillation, DistillReport
 from medusa_core.distillation.seeds import SeedDialogue, Seeds, digest, load_seeds
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
-from medusa_core.engine.answer import DecodeTotals, stream_answer
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.sampling_params import SamplingParams
@@ -310,10 +309,9 @@ def test_our_engine_answers_as_it_would_elsewhere(tmp_path: Path, build_engine, 
     for seed in range(12):
         reply = asyncio.run(EngineAnswerer(plain, settings).answer(messages, seed))
         assert reply == asyncio.run(EngineAnswerer(drafted, settings).answer(messages, seed))
-        totals = DecodeTotals()
-        params = SamplingParams(temperature=0.7, top_p=0.95, max_tokens=30, seed=seed)
-        assert reply.text == "".join(stream_answer(plain, messages, params, totals))
-        assert (reply.cut is None) is (totals.finish_reason is FinishReason.STOP)
+        answer = plain.chat(messages, SamplingParams(temperature=0.7, top_p=0.95, max_tokens=30, seed=seed))
+        assert reply.text == answer.text
+        assert (reply.cut is None) is (answer.finish_reason is FinishReason.STOP)
         replies.append(reply)
     assert len({reply.text for reply in replies}) > 6
     assert {reply.cut for reply in replies} == {None, "length"}

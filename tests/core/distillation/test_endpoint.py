@@ -191,7 +191,7 @@ def test_answers_that_a_limit_cut(chat_server: ChatServer) -> None:
     assert "maximum context length is 8" in (ask(chat_server).cut or "")
 
 
-def test_retry_after_is_honoured(chat_server: ChatServer) -> None:
+def test_retry_after_is_honored(chat_server: ChatServer) -> None:
     moments: list[float] = []
 
     def script(body: dict[str, Any], again: int) -> tuple[int, dict[str, str], object]:

@@ -10,18 +10,21 @@ from torch.nn import functional
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from medusa_core.draft.accuracy import default_calibration
-from medusa_core.draft.factory import SpeculatorFactory
+from medusa_core.draft.head_drafter import make_drafter
+from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads, TrainingBatch
 from medusa_core.draft.hydra import HydraHeads, HydraShape
-from medusa_core.draft.levels import DynamicLevelDrafter, LevelScores, StaticLevelDrafter
+from medusa_core.draft.level_scores import LevelScores
+from medusa_core.draft.levels import MAX_CANDIDATES, DynamicLevelDrafter
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
-from medusa_core.draft.source import make_speculator
+from medusa_core.draft.static import StaticLevelDrafter
 from medusa_core.draft.tree import grow_tree, load_tree
 from medusa_core.engine.sampling import gumbel_noise
-from medusa_core.engine.step import decode_step, first_state, prefill_chunk
 from medusa_core.model.backbone import Backbone
-from medusa_core.sampling_params import SamplingParams, SpeculationMode
+from medusa_core.model.kv_cache import KVCache
+from medusa_core.sampling_params import SamplingParams
 from tests.core.conftest import BuildEngine, add, decode, new_hydra_heads, randomise, speculate
+from tests.core.stepping import Stepper
 
 CPU = torch.device("cpu")
 TAUS = (0.7, 1.0, 1.4, 2.0)
@@ -69,21 +72,26 @@ def slow_dynamic_tree(
     nodes: int,
     noise: Tensor | None,
 ) -> set[tuple[int, ...]]:
-    """Level by level, one path at a time, with the drafter's own rules on how many are kept and expanded."""
-    drafter = DynamicLevelDrafter(nodes, heads.num_heads, heads.vocab_size)
+    """Level by level, one path at a time.
+
+    Of each level as many are kept as the tree has room for below a chain, and as many expanded as could each
+    have a child in it.
+    """
     found: list[tuple[float, tuple[int, ...]]] = []
     level: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    for depth in range(drafter.max_depth):
+    width = min(MAX_CANDIDATES, heads.vocab_size)
+    for depth in range(min(heads.num_heads, nodes - 1)):
         below = []
-        for joint, path in level[: drafter._expanded[depth]]:
+        room = nodes - 1 - depth
+        for joint, path in level[: max(1, (room + 1) // 2)]:
             scores = reference_logits(heads, embed, hidden_E, [root, *path])
             if noise is not None:
                 scores = scores + 0.8 * 0.9 * noise[depth]
             log_probs = (scores / TAUS[depth]).log_softmax(-1)
-            best = log_probs.topk(drafter._width)
+            best = log_probs.topk(width)
             pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
             below += [(joint + value, (*path, token)) for value, token in pairs]
-        level = sorted(below, reverse=True)[: drafter._kept[depth]]
+        level = sorted(below, reverse=True)[:room]
         found += level
     return {path for _, path in sorted(found, reverse=True)[: nodes - 1]}
 
@@ -102,7 +110,7 @@ def paths_of(tokens: list[int], parents: list[int]) -> list[tuple[int, ...]]:
 def test_dynamic_proposal_equals_the_slow_one(
     heads: HydraHeads, tiny_backbone: Backbone, hidden_BE: Tensor, nodes: int, coupled: bool
 ) -> None:
-    noise = gumbel_noise(3, range(9, 13), torch.arange(320)) if coupled else None
+    noise = gumbel_noise(3, range(9, 13), torch.arange(320)).expand(2, -1, -1) if coupled else None
     drafter = DynamicLevelDrafter(nodes, heads.num_heads, heads.vocab_size)
     tree = drafter.draft(LevelScores(heads, hidden_BE, 0.9, noise), ROOTS, TAUS)
     assert drafter.size == tree.tokens_BT.shape[1] == nodes
@@ -110,7 +118,12 @@ def test_dynamic_proposal_equals_the_slow_one(
         tokens, parents = tree.tokens_BT[slot].tolist(), tree.parents_BT[slot].tolist()
         paths = paths_of(tokens, parents)
         expected = slow_dynamic_tree(
-            heads, tiny_backbone.embed, hidden_BE[slot], int(ROOTS[slot]), nodes, noise
+            heads,
+            tiny_backbone.embed,
+            hidden_BE[slot],
+            int(ROOTS[slot]),
+            nodes,
+            None if noise is None else noise[slot],
         )
         assert tokens[0] == ROOTS[slot]
         assert set(paths[1:]) == expected
@@ -175,43 +188,44 @@ def test_dropout_is_for_training_only(tiny_backbone: Backbone) -> None:
     assert torch.equal(heads.features(batch, source), heads.features(batch, source))
 
 
+def draft_cache(heads: HydraHeads, *, slots: int, capacity: int) -> KVCache:
+    assert heads.cache_shape is not None
+    return KVCache(heads.cache_shape, slots=slots, capacity=capacity, dtype=torch.float32, device=CPU)
+
+
 @torch.inference_mode()
-def test_prefix_cache_after_random_commits_and_truncates(tiny_backbone: Backbone) -> None:
-    """100 of them, across slot reuse: rows and outputs equal a recomputation from scratch."""
+def test_prefix_cache_after_random_reads_and_truncates(tiny_backbone: Backbone) -> None:
+    """100 of them, two slots at a time with counts of their own: as a recomputation from scratch."""
     heads = randomise(new_hydra_heads(tiny_backbone, num_layers=1, with_prefix=True))
-    assert heads.prefix is not None
-    cache = tiny_backbone.new_cache(2, 80, follower=heads.cache_shape)
+    cache = draft_cache(heads, slots=3, capacity=80)
     rng = random.Random(4)
     generator = torch.Generator().manual_seed(4)
-    slot = cache.slots[cache.acquire()]
-    hidden = torch.zeros(1, 0, 64)
+    hidden = [torch.zeros(1, 0, 64) for _ in range(3)]
     truncated = 0
-    for turn in range(100):
-        if slot.length > 60 or rng.random() < 0.25:
-            keep = rng.randrange(slot.length + 1)
-            slot.truncate(keep)
-            hidden = hidden[:, :keep]
-            truncated += 1
-        if turn % 30 == 29:
-            cache.release(cache.slots.index(slot))
-            slot, hidden = cache.slots[cache.acquire()], hidden[:, :0]
-        count = rng.randrange(1, 6)
-        slot.commit(sorted(rng.sample(range(8), count)))  # the heads trail the backbone
-        new = torch.randn(1, count, 64, generator=generator)
-        hidden = torch.cat([hidden, new], dim=1)
-        assert slot.follower is not None
-        got = heads.read(new, slot.follower)
-        assert slot.follower.length == slot.length == hidden.shape[1]
-        torch.testing.assert_close(got, heads.contextualise(hidden)[:, -1], atol=1e-4, rtol=1e-4)
-        fresh = tiny_backbone.new_cache(1, 80, follower=heads.cache_shape).slots[0].follower
-        assert fresh is not None
-        heads.read(hidden, fresh)
-        for layer, expected in zip(slot.follower.layers, fresh.layers, strict=True):
-            assert layer.keys is not None
-            assert expected.keys is not None
-            length = slot.length
+    for _ in range(100):
+        slots = tuple(rng.sample(range(3), 2))
+        for slot in slots:
+            if cache.lengths[slot] > 60 or rng.random() < 0.25:
+                keep = rng.randrange(cache.lengths[slot] + 1)
+                cache.truncate(slot, keep)
+                hidden[slot] = hidden[slot][:, :keep]
+                truncated += 1
+        counts = [rng.randrange(1, 6) for _ in slots]
+        new = torch.randn(2, max(counts), 64, generator=generator)
+        got = heads.read(new, counts, cache.rows(slots))
+        for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+            hidden[slot] = torch.cat([hidden[slot], new[row : row + 1, :count]], dim=1)
+            length = cache.lengths[slot]
+            assert length == hidden[slot].shape[1]
+            expected = heads.contextualise(hidden[slot])[0, -1]
+            torch.testing.assert_close(got[row], expected, atol=1e-4, rtol=1e-4)
+            fresh = draft_cache(heads, slots=1, capacity=80)
+            heads.read(hidden[slot], [length], fresh.rows((0,)))
             torch.testing.assert_close(
-                layer.keys[:, :, :length], expected.keys[:, :, :length], atol=1e-4, rtol=1e-4
+                cache.storage_L2BHCD[:, :, slot, :, :length],
+                fresh.storage_L2BHCD[:, :, 0, :, :length],
+                atol=1e-4,
+                rtol=1e-4,
             )
     assert truncated > 10
 
@@ -220,24 +234,24 @@ def test_prefix_cache_after_random_commits_and_truncates(tiny_backbone: Backbone
 def test_heads_catch_up_after_steps_without_speculation(
     tiny_backbone: Backbone, heads_that_know: Callable[[str], DraftHeads], tiny_prompts: list[list[int]]
 ) -> None:
-    """Plain steps (the governor's doing) leave hidden states unread; the next draft reads them all."""
+    """Plain steps leave hidden states unread; the next draft is that of heads that see the whole sequence."""
     heads = heads_that_know("hydra++")
-    factory = SpeculatorFactory(heads, default_calibration(4), CPU)
-    params, token_ids = SamplingParams(temperature=0.0), torch.arange(320)
-    slot = tiny_backbone.new_cache(1, 200, follower=heads.cache_shape).slots[0]
-    assert slot.follower is not None
-    prompt = tiny_prompts[2]
-    state, root = first_state(prefill_chunk(tiny_backbone, slot, prompt), params, len(prompt), token_ids)
-    committed, pending = list(prompt), root
+    source = HeadSource(heads, default_calibration(4), CPU)
+    source.allocate(slots=1, capacity=200, dtype=torch.float32, device=CPU)
+    stepper = Stepper(tiny_backbone, tiny_backbone.new_cache(1, 200), source)
+    sequence = stepper.start(tiny_prompts[2], SamplingParams(temperature=0.0))
+    assert source.draft_cache is not None
     for turn in range(12):
-        speculator = factory.speculator(params, 12) if turn % 4 == 3 else None
-        result = decode_step(tiny_backbone, slot, state, params, speculator, token_ids)
-        committed += [pending, *result.token_ids[:-1]]
-        pending, state = result.token_ids[-1], result.state
-        assert slot.follower.length + state.unread_BTE.shape[1] == slot.length == len(committed)
-    hidden = tiny_backbone.model.base_model(torch.tensor([committed])).last_hidden_state
-    got = heads.read(state.unread_BTE, slot.follower)
-    torch.testing.assert_close(got, heads.contextualise(hidden)[:, -1], atol=1e-4, rtol=1e-4)
+        stepper.step([sequence], [12 if turn % 4 == 3 else 1])
+        if turn % 4 == 2:
+            assert source.draft_cache.lengths[0] < stepper.cache.lengths[0] - 2
+    drafted = stepper.propose([sequence], [12])
+    assert source.draft_cache.lengths == stepper.cache.lengths
+    committed = torch.tensor([sequence.token_ids[:-1]])
+    hidden = tiny_backbone.model.base_model(committed).last_hidden_state
+    root, taus = torch.tensor([sequence.root]), (1.0,) * 4
+    expected = make_drafter(heads, 12, CPU).draft(heads.contextualise(hidden)[:, -1], root, taus)
+    assert torch.equal(drafted.tokens_BT, expected.tokens_BT)
 
 
 def test_requests_without_speculation_cost_the_heads_nothing(
@@ -245,21 +259,12 @@ def test_requests_without_speculation_cost_the_heads_nothing(
 ) -> None:
     engine = build_engine(heads_that_know("hydra++"), prefill_chunk=4)
     off = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, speculation=speculate("off"))
-    prompt = [*tiny_prompts[0], *range(20, 40)]
-    add(engine, "off", prompt, off)
-    slot = engine._active["off"].slot
-    follower = engine._cache.slots[slot].follower
-    assert follower is not None
-    lengths, widths = set(), set()
+    add(engine, "off", [*tiny_prompts[0], *range(20, 40)], off)
+    assert engine.head_source is not None
+    assert engine.head_source.draft_cache is not None
     while engine.has_work:
-        sequence = engine._active["off"]
         engine.step()
-        lengths.add(follower.length)
-        if sequence.state is not None:
-            widths.add(sequence.state.unread_BTE.shape[1])
-    assert lengths == {0}
-    assert max(widths) <= 4  # nothing piles up
-    assert off.speculation.mode is SpeculationMode.OFF
+        assert engine.head_source.draft_cache.lengths == [0]
 
 
 def test_scaled_embeddings_and_grouped_queries(tiny_chat: object, tiny_prompts: list[list[int]]) -> None:
@@ -274,23 +279,18 @@ def test_scaled_embeddings_and_grouped_queries(tiny_chat: object, tiny_prompts: 
     assert heads.cache_shape is not None
     assert (heads.cache_shape.num_kv_heads, heads.cache_shape.head_dim) == (1, 16)
     randomise(heads)
-    factory = SpeculatorFactory(heads, default_calibration(4), CPU)
-    token_ids = torch.arange(320)
+    source = HeadSource(heads, default_calibration(4), CPU)
+    source.allocate(slots=1, capacity=120, dtype=torch.float32, device=CPU)
+    prompt = tiny_prompts[1]
     for temperature in (0.0, 0.9):
         params = SamplingParams(temperature=temperature, seed=2)
         answers = []
-        for speculating in (False, True):
-            with torch.inference_mode():
-                slot = backbone.new_cache(1, 120, follower=heads.cache_shape).slots[0]
-                output = prefill_chunk(backbone, slot, tiny_prompts[1])
-                state, root = first_state(output, params, len(tiny_prompts[1]), token_ids)
-                tokens = [root]
-                while len(tokens) < 20:
-                    speculator = factory.speculator(params, 10) if speculating else None
-                    result = decode_step(backbone, slot, state, params, speculator, token_ids)
-                    tokens += result.token_ids
-                    state = result.state
-            answers.append(tokens[:20])
+        for nodes in (1, 10):
+            stepper = Stepper(backbone, backbone.new_cache(1, 120), source)
+            sequence = stepper.start(prompt, params)
+            while len(sequence.token_ids) < len(prompt) + 20:
+                stepper.step([sequence], [nodes])
+            answers.append(sequence.token_ids[: len(prompt) + 20])
         assert answers[0] == answers[1]
 
 
@@ -303,17 +303,15 @@ def test_a_reduced_vocabulary_drafts_mapped_tokens(
     heads = HydraHeads.new(
         shape, lm_head_weight=tiny_backbone.lm_head_weight, embed=tiny_backbone.embed, token_map=token_map
     )
-    drafter = DynamicLevelDrafter(12, 4, 50)
-    noise = gumbel_noise(3, range(9, 13), torch.arange(320))
-    tree = make_speculator(heads, drafter, TAUS).propose(torch.randn(1, 64), ROOTS[:1], 0.7, noise)
+    noise = gumbel_noise(3, range(9, 13), torch.arange(320))[None]
+    drafter = make_drafter(heads, 12, CPU)
+    tree = drafter.draft(torch.randn(1, 64), ROOTS[:1], TAUS, 0.7, noise)
     assert set(tree.tokens_BT[0, 1:].tolist()) <= set(token_map.tolist())
     best = (
         heads.level_logits(0, torch.ones(1, 64), ROOTS[:1, None, None])[0, 0]
-        + 0.8 * 0.7 * noise[0, token_map]
+        + 0.8 * 0.7 * noise[0, 0, token_map]
     ).argmax()
-    first = make_speculator(heads, DynamicLevelDrafter(2, 4, 50), TAUS).propose(
-        torch.ones(1, 64), ROOTS[:1], 0.7, noise
-    )
+    first = make_drafter(heads, 2, CPU).draft(torch.ones(1, 64), ROOTS[:1], TAUS, 0.7, noise)
     assert first.tokens_BT[0, 1] == token_map[best]
     engine = build_engine(heads)
     params = {"temperature": 0.8, "seed": 1, "max_tokens": 24, "ignore_eos": True}

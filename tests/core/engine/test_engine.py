@@ -1,6 +1,6 @@
 """The engine's slots: who gets one, whose turn it is, and how every request ends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -10,12 +10,13 @@ from transformers import LlamaForCausalLM
 
 from medusa_core.draft.heads import ParallelHeads
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.engine.engine import Engine, EngineInfo
+from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.engine.step_times import StepTimes
 from medusa_core.errors import CapacityError, ConfigError, RequestError, TreeError
 from medusa_core.model.backbone import Backbone
-from medusa_core.model.kv_cache import CacheShape, SlotCache
+from medusa_core.model.kv_cache import CacheRows, CacheShape
+from medusa_core.model_info import ModelInfo
 from medusa_core.sampling_params import SamplingParams, SpeculationMode
 from medusa_core.text.tokenizer import ChatTokenizer
 from tests.core.conftest import BuildEngine, add, decode, new_heads, speculate
@@ -46,8 +47,8 @@ class TroubledHeads:
     def cache_shape(self) -> CacheShape | None:
         return self._heads.cache_shape
 
-    def read(self, hidden_BTE: Tensor, cache: SlotCache | None) -> Tensor:
-        return self._heads.read(hidden_BTE, cache)
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
+        return self._heads.read(hidden_BUE, counts, cache)
 
     def contextualise(self, hidden_BSE: Tensor) -> Tensor:
         return self._heads.contextualise(hidden_BSE)
@@ -230,7 +231,7 @@ def test_generate_needs_an_idle_engine(build_engine: BuildEngine, random_heads: 
     engine = build_engine(random_heads, slots=2)
     running = engine.steps([5, 6], GREEDY)
     next(running)
-    with pytest.raises(CapacityError, match=r"generate\(\) needs an idle engine"):
+    with pytest.raises(CapacityError, match="needs an idle engine"):
         next(engine.steps([5, 6], GREEDY))
     assert engine.num_free_slots == 1  # the refused call took nothing away from the running one
     running.close()
@@ -240,16 +241,16 @@ def test_generate_needs_an_idle_engine(build_engine: BuildEngine, random_heads: 
 def test_default_params_are_the_models(build_engine: BuildEngine, random_heads: MedusaHeads) -> None:
     engine = build_engine(random_heads)
     assert engine.default_params() == SamplingParams(temperature=0.3, top_p=0.95)
-    assert (
-        tokens_of(list(engine.steps([5, 6])))
-        == decode(engine, [5, 6], SamplingParams(temperature=0.3, top_p=0.95)).token_ids
-    )
+    [first], [second] = (engine.generate([[5, 6]], params) for params in (None, engine.default_params()))
+    assert first.seed != second.seed  # fresh ones, as neither names one
+    again = SamplingParams(temperature=0.3, top_p=0.95, seed=first.seed)
+    assert list(first.token_ids) == decode(engine, [5, 6], again).token_ids
 
 
 def test_info(build_engine: BuildEngine, random_heads: MedusaHeads, tiny_backbone: Backbone) -> None:
     engine = build_engine(random_heads, slots=3, max_length=100)
     info = engine.info
-    assert isinstance(info, EngineInfo)
+    assert isinstance(info, ModelInfo)
     assert (info.num_heads, info.heads, info.slots, info.tree_nodes) == (4, "MedusaHeads", 3, 16)
     assert (info.context_length, info.vocab_size) == (100, 320)
     assert (info.dtype, info.device) == ("float32", "cpu")

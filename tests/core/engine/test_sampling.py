@@ -4,10 +4,19 @@ import pytest
 import torch
 from scipy import stats
 
-from medusa_core.engine.sampling import decide_tokens, draw_tokens, gumbel_noise, process_logits
+from medusa_core.draft.draft_tree import root_tree
+from medusa_core.engine.logits_processors import LogitsChain, NodePaths
+from medusa_core.engine.sampling import draw_tokens, gumbel_noise
 from medusa_core.sampling_params import SamplingParams
 
 VOCAB = 12
+NO_PATHS = NodePaths((), root_tree(torch.tensor([0])), 0)  # filters do not look at them
+
+
+def process_logits(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    return LogitsChain.of(params).process(logits, NO_PATHS)
+
+
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.0, -0.5, -1.0, 0.2, 1.2, -2.0, 0.7, 0.1])
 
 
@@ -102,7 +111,10 @@ def test_greedy_ignores_filters_and_seed() -> None:
         SamplingParams(temperature=0.8, top_p=0.6),
         SamplingParams(temperature=1.5, top_p=0.95, min_p=0.05),
         SamplingParams(temperature=0.5, min_p=0.3),
+        SamplingParams(temperature=1.0, top_k=7),
         SamplingParams(temperature=1.0, top_k=7, top_p=0.7),
+        SamplingParams(temperature=1.2, top_k=40, min_p=0.05),
+        SamplingParams(temperature=1.2, top_k=40, top_p=0.9, min_p=0.05),
         SamplingParams(temperature=1.0, top_p=1e-6),
     ],
     ids=str,
@@ -113,5 +125,5 @@ def test_deciding_first_equals_filtering_first(params: SamplingParams) -> None:
     logits[:50] = logits[:50].round()  # ties
     noise = gumbel_noise(8, range(400), torch.arange(200))
     slow = draw_tokens(process_logits(logits, params), params.temperature, noise)
-    assert torch.equal(decide_tokens(logits, params, noise), slow)
+    assert torch.equal(LogitsChain.of(params).decide(logits, NO_PATHS, noise), slow)
     assert params.is_greedy or (slow != draw_tokens(logits, params.temperature, noise)).any()

@@ -6,6 +6,7 @@ import pytest
 
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.engine.sequence import CutRun, Sequence, cut_run
+from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 
 
@@ -47,9 +48,7 @@ def test_any_split_into_runs_ends_alike() -> None:
 )
 def test_budget(max_tokens: int | None, generated: int, budget: int) -> None:
     sequence = Sequence(
-        request_id="a",
-        params=SamplingParams(max_tokens=max_tokens),
-        prompt_ids=[5, 6, 7],
+        request=Request(request_id="a", prompt_ids=[5, 6, 7], params=SamplingParams(max_tokens=max_tokens)),
         slot=0,
         stop_ids=frozenset(),
         max_total=10,

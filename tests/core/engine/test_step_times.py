@@ -1,16 +1,12 @@
-"""Step times: what is measured and in which order, the baseline between contexts, and the fastest tree."""
+"""Step times: what is measured and in which order, and the baseline between contexts."""
 
 import pytest
 
-from medusa_core.draft.accuracy import HeadCalibration
-from medusa_core.draft.tree import expected_acceptance_length, grow_tree
 from medusa_core.engine.step_times import (
     BASELINE_CONTEXTS,
     MAX_REPEATS,
     MIN_REPEATS,
     StepTimes,
-    expected_tokens,
-    fastest_size,
     measure_step_times,
 )
 
@@ -70,35 +66,3 @@ def test_baseline_between_contexts(context: int, seconds: float) -> None:
 def test_nothing_measured_is_no_baseline() -> None:
     assert StepTimes().baseline_seconds(100) == 0.0
     assert StepTimes(baseline={256: 0.5}).baseline_seconds(1) == 0.5
-
-
-ACCURACIES = ((0.6, 0.2, 0.1), (0.5, 0.2), (0.4, 0.2))
-CALIBRATED = HeadCalibration(
-    accuracies=ACCURACIES, expected={"dynamic": {4: 2.0, 8: 2.4, 16: 2.6}, "static": {4: 1.9}}
-)
-
-
-@pytest.mark.parametrize(("nodes", "tokens"), [(4, 2.0), (6, 2.2), (8, 2.4), (10, 2.45), (16, 2.6)])
-def test_expected_tokens_are_the_measured_ones(nodes: int, tokens: float) -> None:
-    assert expected_tokens(CALIBRATED, nodes) == pytest.approx(tokens)
-
-
-@pytest.mark.parametrize("nodes", [2, 3, 24])
-def test_expected_tokens_outside_what_was_measured_are_estimated(nodes: int) -> None:
-    estimate = expected_acceptance_length(grow_tree(ACCURACIES, nodes), ACCURACIES)
-    assert expected_tokens(CALIBRATED, nodes) == estimate
-    assert expected_tokens(HeadCalibration(accuracies=ACCURACIES), nodes) == estimate
-    assert expected_tokens(CALIBRATED, 4, "static") == 1.9
-
-
-@pytest.mark.parametrize(
-    ("trees", "fastest"),
-    [
-        ({1: 1.0, 4: 1.1, 8: 1.2, 16: 1.25}, 16),  # wide steps are nearly free
-        ({1: 1.0, 4: 1.1, 8: 1.2, 16: 1.5}, 8),
-        ({1: 1.0, 4: 1.1, 8: 1.5, 16: 2.5}, 4),
-        ({1: 1.0, 4: 2.1, 8: 2.5, 16: 3.0}, 1),  # no tree pays
-    ],
-)
-def test_fastest_size(trees: dict[int, float], fastest: int) -> None:
-    assert fastest_size(StepTimes(trees=trees), CALIBRATED) == fastest

@@ -121,9 +121,9 @@ def test_static_tree_of_the_settings(model_dir: Path, tmp_path: Path) -> None:
     file.write_text("[[0], [1], [0, 0]]")
     config = EngineConfig(dtype="float32", measure=False, static_tree=str(file))
     engine = Engine.from_pretrained(model_dir, config=config)
-    assert engine.speculation is not None
-    assert not engine.speculation.is_adaptive("static")
-    assert engine.speculation.is_adaptive("dynamic")
+    assert engine.head_source is not None
+    assert not engine.head_source.trees.is_adaptive("static")
+    assert engine.head_source.trees.is_adaptive("dynamic")
 
 
 @pytest.mark.parametrize(

@@ -77,12 +77,12 @@ def memory(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 def taken(engine: Engine) -> tuple[int, int, int]:
     """Bytes of a real engine's weights, heads and cache."""
-    model, heads, slots = engine.backbone.model, engine.heads, engine._cache.slots
+    model, heads, source = engine.backbone.model, engine.heads, engine.head_source
     weights = memory((*model.parameters(), *model.buffers()))
     own = memory((*heads.parameters(), *heads.buffers())) if heads is not None else {}
-    caches = [slot._storage for slot in slots] + [slot.follower._storage for slot in slots if slot.follower]
+    caches = [engine._cache, *([source.draft_cache] if source is not None and source.draft_cache else [])]
     head_bytes = sum(size for address, size in own.items() if address not in weights)
-    return sum(weights.values()), head_bytes, sum(memory(caches).values())
+    return sum(weights.values()), head_bytes, sum(memory(cache.storage_L2BHCD for cache in caches).values())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

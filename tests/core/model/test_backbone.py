@@ -16,12 +16,11 @@ from medusa_core.config import EngineConfig
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.tree import grow_tree
 from medusa_core.engine.engine import Engine
-from medusa_core.engine.step import additive_mask, prefill_chunk
 from medusa_core.errors import CheckpointError, ConfigError
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
-from tests.core.conftest import decode, fit_heads, new_heads, speculate
+from tests.core.conftest import decode, fit_heads, new_heads, one_row, speculate
 
 CPU = torch.device("cpu")
 COMMON: dict[str, Any] = {
@@ -138,16 +137,14 @@ def test_tree_nodes_are_teacher_forced(named_model: tuple[str, PreTrainedModel])
     tokens = torch.randint(5, 320, (1, tree.size), generator=generator)
     for cached in (3, 9, 30):  # within, across and beyond the window
         prefix = torch.randint(5, 320, (cached,), generator=generator).tolist()
-        slot = backbone.new_cache(1, 64).slots[0]
+        rows = one_row(backbone, 64)
         ancestors = torch.tensor(
             [[column in tree.ancestors[row] for column in range(tree.size)] for row in range(tree.size)]
         )
         with torch.inference_mode():
-            prefill_chunk(backbone, slot, prefix)
+            backbone.prefill(prefix, rows)
             positions = torch.tensor([tree.depths]) + cached
-            output = backbone.forward(
-                tokens, positions, additive_mask(cached, ancestors[None], torch.float32), slot
-            )
+            output = backbone.forward(tokens, positions, ancestors[None], rows)
             for node in range(tree.size):
                 path = [int(tokens[0, a]) for a in sorted(tree.ancestors[node])]
                 plain = model(torch.tensor([prefix + path]), output_hidden_states=True)
@@ -162,8 +159,7 @@ def test_tree_nodes_are_teacher_forced(named_model: tuple[str, PreTrainedModel])
 def test_last_logits_only(named_model: tuple[str, PreTrainedModel]) -> None:
     backbone = Backbone(named_model[1], vocab_size=300)
     with torch.inference_mode():
-        slot = backbone.new_cache(1, 16).slots[0]
-        output = prefill_chunk(backbone, slot, [5, 6, 7, 8, 9])
+        output = backbone.prefill([5, 6, 7, 8, 9], one_row(backbone, 16))
         whole = backbone.model(torch.tensor([[5, 6, 7, 8, 9]])).logits
     assert output.hidden_BTE.shape == (1, 5, 32)
     assert output.logits_BTV.shape == (1, 1, 300)
@@ -393,11 +389,10 @@ class _BatchedProducts(TorchDispatchMode):
 
 def test_a_prefill_multiplies_by_the_output_layer_once(tiny_backbone: Backbone) -> None:
     """As a batched product it would copy the layer's weights first, in bfloat16."""
-    cache = tiny_backbone.new_cache(1, 64)
     with (
         torch.no_grad(),
         _BatchedProducts() as products,
     ):  # inference mode would hide them in larger operations
-        prefill_chunk(tiny_backbone, cache.slots[cache.acquire()], list(range(5, 12)))
+        tiny_backbone.prefill(list(range(5, 12)), one_row(tiny_backbone, 64))
     vocab_size, hidden_size = tiny_backbone.model.get_output_embeddings().weight.shape
     assert (1, hidden_size, vocab_size) not in products.shapes

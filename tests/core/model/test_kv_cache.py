@@ -1,4 +1,4 @@
-"""The cache after any commit is the cache of a fresh prefill."""
+"""The cache after any commit is the cache of a fresh prefill; rows of a batch keep to themselves."""
 
 import random
 from collections.abc import Callable
@@ -7,17 +7,19 @@ import pytest
 import torch
 
 from medusa_core.draft.accuracy import default_calibration
-from medusa_core.draft.factory import SpeculatorFactory
+from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.engine.step import decode_step, first_state, prefill_chunk
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
 from tests.core.conftest import speculate
+from tests.core.stepping import Stepper
+
+CPU = torch.device("cpu")
 
 
-def rows(backbone: Backbone, ids: list[int]) -> torch.Tensor:
+def fresh(backbone: Backbone, ids: list[int]) -> torch.Tensor:
     cache = backbone.new_cache(1, len(ids))
-    prefill_chunk(backbone, cache.slots[0], ids)
+    backbone.prefill(ids, cache.rows((0,)))
     return cache.storage_L2BHCD[:, :, 0]
 
 
@@ -33,62 +35,61 @@ def test_every_commit_equals_a_fresh_prefill(
     tree: str,
     temperature: float,
 ) -> None:
-    heads = heads_that_know(kind)
-    factory = SpeculatorFactory(heads, default_calibration(4), torch.device("cpu"))
+    source = HeadSource(heads_that_know(kind), default_calibration(4), CPU)
+    source.allocate(slots=2, capacity=200, dtype=torch.float32, device=CPU)
     params = SamplingParams(temperature=temperature, seed=3, speculation=speculate(tree=tree))
-    token_ids = torch.arange(tiny_backbone.vocab_size)
     lengths = set()
     for prompt in tiny_prompts[:6]:
-        cache = tiny_backbone.new_cache(2, 200, follower=heads.cache_shape)
-        slot = cache.slots[1]
-        output = prefill_chunk(tiny_backbone, slot, prompt)
-        state, root = first_state(output, params, len(prompt), token_ids)
-        committed, pending = list(prompt), root
+        cache = tiny_backbone.new_cache(2, 200)
+        stepper = Stepper(tiny_backbone, cache, source)
+        sequence = stepper.start(prompt, params, slot=1)
         for _ in range(10):
-            result = decode_step(
-                tiny_backbone, slot, state, params, factory.speculator(params, 20), token_ids
-            )
-            committed += [pending, *result.token_ids[:-1]]
-            pending, state = result.token_ids[-1], result.state
-            lengths.add(len(result.token_ids))
-            assert slot.length == len(committed)
-            kept = cache.storage_L2BHCD[:, :, 1, :, : slot.length]
-            torch.testing.assert_close(kept, rows(tiny_backbone, committed), atol=1e-4, rtol=0)
+            result = stepper.step([sequence], [20])
+            lengths.add(len(result.rows[0].token_ids))
+            committed = sequence.token_ids[:-1]
+            assert cache.lengths == [0, len(committed)]
+            kept = cache.storage_L2BHCD[:, :, 1, :, : len(committed)]
+            torch.testing.assert_close(kept, fresh(tiny_backbone, committed), atol=1e-4, rtol=0)
     assert len(lengths) > 1
 
 
-def test_commit_moves_any_path(tiny_backbone: Backbone) -> None:
-    cache = tiny_backbone.new_cache(1, 64)
+def test_any_paths_of_any_rows_are_kept(tiny_backbone: Backbone) -> None:
+    """Rows of different lengths at once, in any order of slots; other slots stay as they are."""
+    cache = tiny_backbone.new_cache(3, 64)
     rng = random.Random(0)
     for _ in range(50):
-        slot = cache.slots[cache.acquire()]
-        start = rng.randrange(20)
-        slot.append(start)
+        slots = rng.sample(range(3), 2)
+        depth = rng.randrange(1, 7)
+        paths = [[0, *sorted(rng.sample(range(1, 30), depth))] for _ in slots]
+        starts = [rng.randrange(20) for _ in slots]
         before = cache.storage_L2BHCD.normal_().clone()
-        path = [0, *sorted(rng.sample(range(1, 30), rng.randrange(6)))]
-        slot.commit(path)
-        assert slot.length == start + len(path)
-        kept = cache.storage_L2BHCD[:, :, 0, :, : slot.length]
-        assert torch.equal(kept[:, :, :, :start], before[:, :, 0, :, :start])
-        assert torch.equal(kept[:, :, :, start:], before[:, :, 0, :, [start + node for node in path]])
-        cache.release(0)
+        cache.keep(torch.tensor(slots), torch.tensor(starts), torch.tensor(paths))
+        for slot, start, path in zip(slots, starts, paths, strict=True):
+            kept = cache.storage_L2BHCD[:, :, slot]
+            assert torch.equal(kept[:, :, :, :start], before[:, :, slot, :, :start])
+            moved = before[:, :, slot, :, [start + node for node in path]]
+            assert torch.equal(kept[:, :, :, start : start + len(path)], moved)
+            behind = start + len(path)
+            assert torch.equal(kept[:, :, :, behind:], before[:, :, slot, :, behind:])
+        [other] = {0, 1, 2} - set(slots)
+        assert torch.equal(cache.storage_L2BHCD[:, :, other], before[:, :, other])
 
 
 def test_slots_are_taken_and_given_back(tiny_backbone: Backbone) -> None:
     cache = tiny_backbone.new_cache(3, 8)
-    taken = [cache.acquire() for _ in range(3)]
-    assert sorted(taken) == [0, 1, 2]
+    taken = [cache.acquire([5, 6]) for _ in range(3)]
+    assert sorted(taken) == [(0, 0), (1, 0), (2, 0)]  # nothing of a prompt is cached yet
     assert cache.num_free == 0
-    cache.slots[1].append(5)
+    cache.advance(1, 5)
     cache.release(1)
-    assert cache.acquire() == 1
-    assert cache.slots[1].length == 0
+    assert cache.acquire([5, 6]) == (1, 0)
+    assert cache.lengths[1] == 0
 
 
 def test_truncate(tiny_backbone: Backbone) -> None:
-    slot = tiny_backbone.new_cache(1, 8).slots[0]
-    slot.append(5)
-    slot.truncate(2)
-    assert slot.length == 2
+    cache = tiny_backbone.new_cache(1, 8)
+    cache.advance(0, 5)
+    cache.truncate(0, 2)
+    assert cache.lengths == [2]
     with pytest.raises(ValueError, match="cannot truncate 2 tokens to 3"):
-        slot.truncate(3)
+        cache.truncate(0, 3)

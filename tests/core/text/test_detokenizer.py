@@ -1,4 +1,4 @@
-"""Incremental detokenisation and stop strings against plain whole-text references."""
+"""Incremental detokenization and stop strings against plain whole-text references."""
 
 import itertools
 from pathlib import Path

@@ -145,10 +145,11 @@ def test_builtin_templates_are_packaged():
 
 def test_template_beside_a_sentencepiece_model(vicuna_layout_dir, copy_of):
     path = copy_of(vicuna_layout_dir)
-    write_json(path / "tokenizer_config.json", chat_template="config")
-    assert load_chat_tokenizer(path).tokenizer.chat_template == "config"
-    (path / "chat_template.jinja").write_text("file")
-    assert load_chat_tokenizer(path).tokenizer.chat_template == "file"
+    template = "%s: {{ messages[0]['content'] }}"
+    write_json(path / "tokenizer_config.json", chat_template=template % "config")
+    assert load_chat_tokenizer(path).tokenizer.chat_template == template % "config"
+    (path / "chat_template.jinja").write_text(template % "file")
+    assert load_chat_tokenizer(path).tokenizer.chat_template == template % "file"
 
 
 @settings(max_examples=200)
@@ -162,7 +163,7 @@ def test_sentencepiece_ids_are_sentencepieces(vicuna_layout_dir, text):
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "unigram"])
-def test_sentencepiece_with_its_default_normaliser(tmp_path, model_type):
+def test_sentencepiece_with_its_default_normalizer(tmp_path, model_type):
     lines = [
         "Hello, how may I help you today?",
         "I need a cheap restaurant in the centre of town, please.",
@@ -278,6 +279,14 @@ def test_a_template_that_does_not_compile_is_refused_at_once(tiny_model_dir, tmp
     template = tmp_path / "broken.jinja"
     template.write_text("{{ bos_token }}\n{% for %}")
     with pytest.raises(TokenizerError, match="chat template is broken in line 2"):
+        load_chat_tokenizer(tiny_model_dir, str(template))
+
+
+def test_a_template_without_the_messages_is_refused_at_once(tiny_model_dir, tmp_path):
+    """A wrong name for the messages renders as nothing in Jinja: every prompt would be the same."""
+    template = tmp_path / "deaf.jinja"
+    template.write_text("{% for turn in conversation %}{{ turn['content'] }}{% endfor %}assistant:")
+    with pytest.raises(TokenizerError, match="renders no message.*MEDUSA_CHAT_TEMPLATE.*vicuna"):
         load_chat_tokenizer(tiny_model_dir, str(template))
 
 

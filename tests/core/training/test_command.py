@@ -73,7 +73,7 @@ def test_command_has_an_option_for_every_setting() -> None:
     assert set(options) == {"config", *(field.name for field in fields(TrainConfig))}
     assert all(option.default is None for option in options.values())
     panels = {option.rich_help_panel for option in options.values()}
-    assert panels == {None, "Data", "Heads", "Backbone (medusa-2)", "Optimiser", "Run"}
+    assert panels == {None, "Data", "Heads", "Backbone (medusa-2)", "Optimizer", "Run"}
     assert "hydra++: 4" in str(options["num_layers"].show_default)
 
 

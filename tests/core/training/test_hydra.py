@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from medusa_core.errors import ConfigError
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.batches import Collator, ExampleDataset, pack
-from medusa_core.training.building import (
+from medusa_core.training.builders import (
     build_backbone,
     build_heads,
     build_trainer_module,
@@ -26,28 +27,14 @@ from medusa_core.training.building import (
 from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_heads
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 from medusa_core.training.recipes import resolve_config
 from medusa_core.training.trainer import train_heads
 
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 dialogues, every third with a second turn."""
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    goodbye = [{"role": "user", "content": "Goodbye!"}, {"role": "assistant", "content": "Goodbye!"}]
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-            *(goodbye * (number % 3 == 0)),
-        ]
-        for number in range(40)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(40, lambda number: number % 3 == 0)
 
 
 @pytest.fixture
@@ -69,7 +56,7 @@ def flags(tiny_model_dir: Path, dialogues: Path, tmp_path: Path) -> dict[str, ob
     }
 
 
-def new_module(config: TrainConfig, examples: list[Example]) -> HeadTrainer:
+def new_module(config: TrainConfig, examples: list[Example]) -> HeadModule:
     """Heads that are no longer what they start as."""
     backbone = build_backbone(config, torch.device("cpu"), vocab_size=320)
     heads = build_heads(config, backbone, examples)
@@ -110,7 +97,7 @@ def test_saved_hydra_heads_are_the_trained_ones(
     assert isinstance(heads, HydraHeads)
     examples = load_examples([dialogues], tiny_chat, sequence_length=512)
     _, held_out = split_examples(examples, config.val_fraction, config.seed)
-    module = HeadTrainer(tiny_backbone, heads, loss=config.loss, decay=1.0)
+    module = HeadModule(tiny_backbone, heads, loss=config.loss, decay=1.0)
     assert evaluate_heads(module, held_out, batch_size=4) == report.evaluation
 
 

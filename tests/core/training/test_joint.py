@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,25 +24,14 @@ from medusa_core.sampling_params import SamplingParams
 from medusa_core.training.adapters import prepare
 from medusa_core.training.config import JointMode, LossKind, Recipe, TrainConfig, Tune
 from medusa_core.training.data import NO_TARGET
-from medusa_core.training.joint import JointTrainer
+from medusa_core.training.joint import JointModule
 from medusa_core.training.report import TrainReport
 from medusa_core.training.trainer import train_heads
 
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-        ]
-        for number in range(40)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(40, lambda _: 0)
 
 
 @pytest.fixture
@@ -68,7 +58,7 @@ def backbone(tiny_model_dir: Path) -> Backbone:
     return load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def new_module(backbone: Backbone, *, is_distilled: bool = False, **settings: object) -> JointTrainer:
+def new_module(backbone: Backbone, *, is_distilled: bool = False, **settings: object) -> JointModule:
     """Full tuning, or LoRA with adapters that already do something."""
     config = TrainConfig(
         model="-",
@@ -94,7 +84,7 @@ def new_module(backbone: Backbone, *, is_distilled: bool = False, **settings: ob
         for parameter in [*heads.parameters(), *moved]:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     settings = {"loss": LossKind.TEACHER, "decay": 0.5, "heads_weight": 0.2} | settings
-    return JointTrainer(backbone, heads, original=tuned.original if is_distilled else None, **settings)  # type: ignore[arg-type]
+    return JointModule(backbone, heads, original=tuned.original if is_distilled else None, **settings)  # type: ignore[arg-type]
 
 
 def padded_batch() -> tuple[torch.Tensor, torch.Tensor]:

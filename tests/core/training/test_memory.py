@@ -18,7 +18,7 @@ from medusa_core.training.config import LossKind
 from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import CHUNK_ELEMENTS
 from medusa_core.training.memory import MemoryShape, estimate_memory
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 
 DOCUMENTATION = Path(__file__).parents[3] / "docs" / "training.md"
 
@@ -56,7 +56,7 @@ def bytes_of(tensors: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def step(model: HeadTrainer, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
+def step(model: HeadModule, optimizer: torch.optim.Optimizer, batch: dict[str, torch.Tensor]) -> None:
     model(**batch)["loss"].backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -82,7 +82,7 @@ def test_the_formula_on_the_demo_model(dtype: torch.dtype, rows: int, num_layers
         lm_head_weight=backbone.lm_head_weight.float(),
         shared=shared,
     )
-    model = HeadTrainer(backbone, heads, loss=LossKind.TEACHER, decay=0.8)
+    model = HeadModule(backbone, heads, loss=LossKind.TEACHER, decay=0.8)
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(5, 4000, (rows, length))
     batch = {"input_ids": ids, "labels": ids.index_fill(1, torch.arange(8), NO_TARGET)}

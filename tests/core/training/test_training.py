@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,34 +15,20 @@ from safetensors.torch import load_file
 
 from medusa_core.checkpoints import load_heads
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.errors import ConfigError, DataError
+from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from medusa_core.training.batches import ExampleDataset
 from medusa_core.training.config import LossKind, TrainConfig
 from medusa_core.training.data import NO_TARGET, Example, load_examples
 from medusa_core.training.evaluation import evaluate_heads
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 from medusa_core.training.trainer import train_heads
-
-ANSWERS = ("There are several cheap restaurants in the centre.", "Your table for two people is booked.")
-GOODBYE = [{"role": "user", "content": "Goodbye!"}, {"role": "assistant", "content": "Goodbye!"}]
 
 
 @pytest.fixture(scope="module")
-def dialogues(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """60 short dialogues of a few fixed sentences."""
-    path = tmp_path_factory.mktemp("data") / "dialogues.jsonl"
-    rows = [
-        [
-            {"role": "user", "content": f"I need {number} cheap restaurants, please."},
-            {"role": "assistant", "content": ANSWERS[number % 2]},
-            *(GOODBYE * (number % 3)),
-        ]
-        for number in range(60)
-    ]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return path
+def dialogues(write_dialogues: Callable[..., Path]) -> Path:
+    return write_dialogues(60, lambda number: number % 3)
 
 
 @pytest.fixture
@@ -65,7 +53,7 @@ def backbone(tiny_model_dir: Path) -> Backbone:
     return load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
 
 
-def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay: float = 0.5) -> HeadTrainer:
+def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay: float = 0.5) -> HeadModule:
     heads = MedusaHeads.new(
         hidden_size=backbone.hidden_size,
         vocab_size=backbone.vocab_size,
@@ -78,7 +66,7 @@ def new_trainer(backbone: Backbone, *, loss: LossKind = LossKind.TEACHER, decay:
             parameter.add_(
                 torch.randn(parameter.shape, generator=torch.Generator().manual_seed(5)), alpha=0.1
             )
-    return HeadTrainer(backbone, heads, loss=loss, decay=decay)
+    return HeadModule(backbone, heads, loss=loss, decay=decay)
 
 
 def head_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -98,7 +86,7 @@ def test_training_lowers_the_loss_and_teaches_the_heads(
     chat = load_chat_tokenizer(config.model)
     examples = load_examples(config.data, chat, sequence_length=512)
     untrained = evaluate_heads(
-        HeadTrainer(
+        HeadModule(
             backbone,
             MedusaHeads.new(
                 hidden_size=64,
@@ -199,10 +187,44 @@ def test_folders_that_cannot_take_the_result(config: TrainConfig, tmp_path: Path
     (tmp_path / "late" / "checkpoints" / "checkpoint-1").touch()
     with pytest.raises(DataError, match="cannot write to .*late: .*File exists"):
         train_heads(replace(config, out=tmp_path / "late", max_steps=1))
+    assert tree(tmp_path / "late") == {"checkpoints", "checkpoints/checkpoint-1"}
     with pytest.raises(ConfigError, match="is the model's own folder"):
         train_heads(replace(config, out=Path(config.model)))
     with pytest.raises(ConfigError, match="holds a whole model"):
         train_heads(replace(config, model="another/model", out=Path(config.model)))
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"data": ("missing.jsonl",)}, {"draft_vocab": 10**6}, {"heads": "missing"}],
+    ids=["reading data", "making heads", "loading heads"],
+)
+def test_a_run_that_fails_leaves_no_folder(config: TrainConfig, change: dict[str, Any]) -> None:
+    out = config.out / "new" / "heads"
+    failing = replace(config, out=out, **change)
+    with pytest.raises(MedusaError):
+        train_heads(failing)
+    assert not config.out.exists()
+    (out / "mine").mkdir(parents=True)
+    with pytest.raises(MedusaError):
+        train_heads(failing)
+    assert tree(config.out) == {"new", "new/heads", "new/heads/mine"}
+
+
+def test_a_run_that_fails_keeps_what_can_be_resumed(config: TrainConfig) -> None:
+    config = replace(config, max_steps=2)
+    in_the_way = config.out / "medusa_lm_head.safetensors"
+    in_the_way.mkdir(parents=True)
+    with pytest.raises(DataError, match="cannot write to"):
+        train_heads(config)
+    assert (config.out / "checkpoints" / "checkpoint-2").is_dir()
+    in_the_way.rmdir()
+    assert train_heads(replace(config, resume=True)).steps == 2
+    assert in_the_way.is_file()
 
 
 def test_finished_heads_learn_no_more_and_new_ones_are_not_calibrated_yet(config: TrainConfig) -> None:

@@ -1,7 +1,7 @@
-"""The module the Trainer optimises: draft heads, with the frozen backbone beside them rather than inside.
+"""The module that the Trainer optimizes: draft heads on a frozen backbone.
 
-So checkpoints, optimizer and DDP see the heads only. Shapes: B rows of S tokens, N targets, K heads, E
-hidden, V output rows of the heads.
+The backbone is no submodule, so checkpoints, optimizer and DDP see the heads only. Shapes: B rows of S
+tokens, N targets, K heads, E hidden, V output rows of the heads.
 """
 
 import torch
@@ -17,7 +17,7 @@ from medusa_core.training.data import NO_TARGET
 from medusa_core.training.loss import Targets, TeacherTargets, find_targets, head_losses
 
 
-class HeadTrainer(nn.Module):
+class HeadModule(nn.Module):
     """Heads (float32 master weights) on a frozen backbone; products are taken in the backbone's dtype."""
 
     accepts_loss_kwargs = (
@@ -73,7 +73,7 @@ class HeadTrainer(nn.Module):
         return head_losses(features_KNE, self.heads.output, wanted, targets.weight_KN, self.heads.output_bias)
 
     def count(self, labels: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """What sums over targets are divided by, at least 1."""
+        """The number of targets that sums are divided by, at least 1."""
         if num_items_in_batch is None:
             num_items_in_batch = find_targets(labels, 1, NO_TARGET).token_N.numel()
         return torch.as_tensor(num_items_in_batch, device=labels.device).clamp(min=1)

@@ -1,4 +1,4 @@
-"""transformers' Trainer with our order of the data, learning rates and checkpoints."""
+"""Subclass of transformers' Trainer with our data order, learning rates and checkpoints."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from torch.utils.data import Dataset, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from medusa_core.training.batches import ExampleDataset
-from medusa_core.training.joint import JointTrainer
-from medusa_core.training.sampling import LengthGroupedSampler
+from medusa_core.training.joint import JointModule
+from medusa_core.training.sampler import LengthGroupedSampler
 
 HEADS_PREFIX = "heads."
 
@@ -56,7 +56,7 @@ class HeadsTrainer(Trainer):
         return LengthGroupedSampler(dataset.lengths, size, self.args.seed)
 
     def _run_epoch(self, *positional: Any, **named: Any) -> None:
-        """Not a step more for a run that was finished: the Trainer asks only after the first."""
+        """Take no step in a run that is finished already: the Trainer checks only after the first."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
@@ -68,7 +68,7 @@ class HeadsTrainer(Trainer):
         super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
-        """Of a checkpoint that lacks only what does not learn there is nothing to say."""
+        """No warning about missing keys of weights that are not trained."""
         missing = _learning(self.model).keys() & set(load_result.missing_keys)
         assert not missing, missing
         assert not load_result.unexpected_keys, load_result.unexpected_keys
@@ -79,9 +79,9 @@ def _learning(model: Any) -> dict[str, nn.Parameter]:
 
 
 class RampCallback(TrainerCallback):
-    """Tells a joint run how far it is, on which the weight of the heads' loss may depend."""
+    """Sets the training progress on which a joint run's loss weight may depend."""
 
-    def __init__(self, model: JointTrainer) -> None:
+    def __init__(self, model: JointModule) -> None:
         self._model = model
 
     def on_step_begin(

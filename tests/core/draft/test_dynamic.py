@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from medusa_core.draft.dynamic import (
-    NOISE_WEIGHT,
-    DraftTree,
-    DynamicDrafter,
-    StaticDrafter,
-    couple,
-    root_tree,
-)
+from medusa_core.draft.coupling import NOISE_WEIGHT, couple
+from medusa_core.draft.draft_tree import DraftTree, root_tree
+from medusa_core.draft.dynamic import DynamicDrafter
+from medusa_core.draft.static import StaticDrafter
 from medusa_core.draft.tree import load_tree, make_tree
 
 CPU = torch.device("cpu")
@@ -198,9 +194,9 @@ def test_root_tree_is_ordinary_decoding() -> None:
 def test_coupled_scores() -> None:
     logits = torch.randn(1, 3, 6, generator=torch.Generator().manual_seed(1)).bfloat16()
     noise = torch.randn(
-        5, 9, generator=torch.Generator().manual_seed(2)
+        1, 5, 9, generator=torch.Generator().manual_seed(2)
     )  # more positions, a larger vocabulary
     assert torch.equal(couple(logits, 0.0, noise), logits.float())
     assert torch.equal(couple(logits, 0.7, None), logits.float())
-    expected = logits[0].float() + NOISE_WEIGHT * 0.7 * noise[:3, :6]
+    expected = logits[0].float() + NOISE_WEIGHT * 0.7 * noise[0, :3, :6]
     assert torch.allclose(couple(logits, 0.7, noise)[0], expected)

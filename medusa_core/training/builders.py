@@ -1,4 +1,4 @@
-"""The parts of a run from its configuration: backbone, heads, and the module that is trained."""
+"""Builds what a run needs from its configuration: backbone, heads, and the module to optimize."""
 
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example
-from medusa_core.training.joint import JointTrainer
+from medusa_core.training.joint import JointModule
 from medusa_core.training.loss import CHUNK_ELEMENTS
 from medusa_core.training.memory import MemoryShape, estimate_memory
-from medusa_core.training.model import HeadTrainer
+from medusa_core.training.module import HeadModule
 from medusa_core.training.quantization import quantize
 
 PROBED_TOKENS = 6
@@ -26,14 +26,14 @@ SAMPLED_DIALOGUES = 8
 
 
 def training_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What products are taken in, and results saved in."""
+    """The dtype of matrix products and of the saved result."""
     dtype = resolve_dtype(config.dtype, device, config.model)
     # "auto" on a float16 checkpoint; gradients would underflow.
     return torch.bfloat16 if dtype == torch.float16 else dtype
 
 
 def build_backbone(config: TrainConfig, device: torch.device, vocab_size: int) -> Backbone:
-    """The backbone, frozen and quantised if asked for. Raises `CheckpointError` or `ConfigError`."""
+    """The frozen backbone, quantized if configured so. Raises `CheckpointError` or `ConfigError`."""
     dtype = training_dtype(config, device)
     backbone = load_backbone(config.model, dtype=dtype, device=device, vocab_size=vocab_size)
     if config.quantize is not None:
@@ -82,11 +82,11 @@ def build_heads(
 
 def build_trainer_module(
     config: TrainConfig, backbone: Backbone, heads: MedusaHeads | HydraHeads, tuned: Tuned | None
-) -> HeadTrainer:
-    """What the Trainer optimises; `tuned` where the backbone learns too."""
+) -> HeadModule:
+    """The module that the Trainer optimizes; `tuned` if the backbone is trained too."""
     if tuned is None:
-        return HeadTrainer(backbone, heads, loss=config.loss, decay=config.decay, noise=config.noise)
-    return JointTrainer(
+        return HeadModule(backbone, heads, loss=config.loss, decay=config.decay, noise=config.noise)
+    return JointModule(
         backbone,
         heads,
         loss=config.loss,
@@ -99,7 +99,7 @@ def build_trainer_module(
 
 
 def peak_bytes(config: TrainConfig, backbone: Backbone, heads: MedusaHeads) -> int:
-    """What training the heads on the frozen backbone needs at most, if every row is full."""
+    """Estimated peak memory in bytes of training heads on the frozen backbone, with full rows."""
     shape = MemoryShape(
         backbone_bytes=sum(tensor.nbytes for tensor in backbone.model.parameters()),
         num_heads=heads.num_heads,
@@ -152,7 +152,7 @@ def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
 
 @torch.no_grad()
 def _prefix_layer(backbone: Backbone, examples: Sequence[Example]) -> PrefixLayer:
-    """A fresh layer, as good as the identity on hidden states of this backbone's size."""
+    """A new prefix layer, initialized close to the identity for hidden states of this scale."""
     sample = [example.input_ids.long().to(backbone.device) for example in examples[:SAMPLED_DIALOGUES]]
     states = [backbone.model.base_model(input_ids=ids[None], use_cache=False)[0][0] for ids in sample]
     rms = float(torch.cat(states).float().pow(2).mean().sqrt())
@@ -161,7 +161,7 @@ def _prefix_layer(backbone: Backbone, examples: Sequence[Example]) -> PrefixLaye
 
 @torch.inference_mode()
 def check_packs(backbone: Backbone) -> None:
-    """Whether positions that start over keep dialogues apart, which is up to each model's code."""
+    """Raise `ConfigError` if the model's code does not separate dialogues whose positions restart at 0."""
     size = PROBED_TOKENS // 2
     ids = torch.arange(PROBED_TOKENS, device=backbone.device)[None]
     positions = (ids % size).long()

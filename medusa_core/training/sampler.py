@@ -1,4 +1,4 @@
-"""The order in which dialogues are trained on."""
+"""Sampler that groups dialogues of similar length into batches."""
 
 from collections.abc import Iterator, Sequence
 

@@ -1,0 +1,130 @@
+"""Drafts of Medusa, Hydra and Hydra++ heads, and what these remember of each sequence.
+
+Shapes: B rows, U committed tokens not read yet, E hidden size.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.draft_tree import DraftTree, root_tree, stack_rows
+from medusa_core.draft.head_trees import HeadTrees
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.source import Committed, DraftBatch
+from medusa_core.draft.tree import Tree
+from medusa_core.model.kv_cache import KVCache
+from medusa_core.sampling_params import SpeculationParams
+
+MAX_UNREAD = 512  # hidden states kept before they are read, drafts or not
+
+
+class HeadSource:
+    """Heads with their trees; per slot the hidden states they have not read, and Hydra++'s cache.
+
+    Hidden states are read when drafts are asked for: a step without speculation costs the heads nothing.
+    """
+
+    def __init__(
+        self,
+        heads: DraftHeads,
+        calibration: HeadCalibration,
+        device: torch.device,
+        static_tree: Tree | None = None,
+    ) -> None:
+        self.heads, self.calibration = heads, calibration
+        self.trees = HeadTrees(heads, calibration, device, static_tree)
+        self.draft_cache: KVCache | None = None
+        self._unread: dict[int, Tensor] = {}
+
+    def allocate(self, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Memory for heads with attention of their own. Raises `ConfigError` if there is not enough."""
+        shape = self.heads.cache_shape
+        if shape is not None:
+            self.draft_cache = KVCache(shape, slots=slots, capacity=capacity, dtype=dtype, device=device)
+
+    def check(self, speculation: SpeculationParams) -> None:
+        self.trees.check(speculation.tree)
+
+    def is_adaptive(self, speculation: SpeculationParams) -> bool:
+        return self.trees.is_adaptive(speculation.tree)
+
+    def max_depth(self, speculation: SpeculationParams, nodes: int) -> int:
+        return self.trees.drafter(speculation.tree, nodes).max_depth
+
+    def start(self, slot: int) -> None:
+        self._unread.pop(slot, None)
+        if self.draft_cache is not None:
+            self.draft_cache.truncate(slot, 0)
+
+    def assume_read(self, slot: int, count: int) -> None:
+        """Count so many tokens as read, whatever the cache's rows hold: to time steps at that length."""
+        if self.draft_cache is not None:
+            self.draft_cache.advance(slot, count)
+
+    def observe(self, committed: Committed) -> None:
+        slot = committed.slot
+        if self.draft_cache is None:  # the last hidden state is all that such heads need
+            last = committed.path[-1]
+            self._unread[slot] = committed.hidden_TE[last : last + 1]
+            return
+        new_UE, before = committed.features_UE, self._unread.get(slot)
+        self._unread[slot] = new_UE if before is None else torch.cat([before, new_UE])
+        if committed.root is None or len(self._unread[slot]) > MAX_UNREAD:
+            unread_UE = self._unread[slot]
+            if len(unread_UE) > 1:
+                self._unread[slot] = unread_UE[:-1]
+                self._read((slot,))
+            self._unread[slot] = unread_UE[-1:]  # so that there is something to draft from
+
+    def propose(self, batch: DraftBatch) -> DraftTree:
+        hidden_BE = self._read(batch.slots)
+        groups: dict[tuple[str, int, float], list[int]] = {}
+        for row, (params, nodes) in enumerate(zip(batch.params, batch.nodes, strict=True)):
+            groups.setdefault((params.speculation.tree, nodes, params.temperature), []).append(row)
+        if len(groups) == 1:
+            [key] = groups
+            return self._draft(*key, batch.roots_B, hidden_BE, batch.noise_BPV)
+        return stack_rows(
+            [
+                (
+                    rows,
+                    self._draft(
+                        *key,
+                        batch.roots_B[rows],
+                        hidden_BE[rows],
+                        None if batch.noise_BPV is None else batch.noise_BPV[rows],
+                    ),
+                )
+                for key, rows in groups.items()
+            ]
+        )
+
+    def _draft(
+        self,
+        tree: str,
+        nodes: int,
+        temperature: float,
+        roots_B: Tensor,
+        hidden_BE: Tensor,
+        noise_BPV: Tensor | None,
+    ) -> DraftTree:
+        if nodes <= 1 and self.trees.is_adaptive(tree):
+            return root_tree(roots_B)
+        taus = self.calibration.taus(temperature, self.heads.num_heads)
+        drafter = self.trees.drafter(tree, nodes)
+        return drafter.draft(hidden_BE, roots_B, taus, temperature, noise_BPV)
+
+    def _read(self, slots: Sequence[int]) -> Tensor:
+        """Have the heads read what they have not; returns what the next drafts come from [B, E]."""
+        unread = [self._unread[slot] for slot in slots]
+        counts = [len(rows) for rows in unread]
+        hidden_BUE = pad_sequence(unread, batch_first=True)
+        rows = None if self.draft_cache is None else self.draft_cache.rows(tuple(slots))
+        hidden_BE = self.heads.read(hidden_BUE, counts, rows)
+        if rows is not None:
+            for slot in slots:
+                self._unread[slot] = self._unread[slot][:0]
+        return hidden_BE

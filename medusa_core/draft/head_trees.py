@@ -1,0 +1,68 @@
+"""The draft trees that a set of heads can fill, by name and size: drafters are built once and kept."""
+
+import torch
+
+from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.head_drafter import HeadDrafter, make_drafter
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.tree import Tree, grow_tree, load_tree, published_tree_names
+from medusa_core.errors import TreeError
+
+DYNAMIC, STATIC = "dynamic", "static"
+
+
+class HeadTrees:
+    """Turns a tree's name and a size into a drafter. `static_tree`: what "static" means."""
+
+    def __init__(
+        self,
+        heads: DraftHeads,
+        calibration: HeadCalibration,
+        device: torch.device,
+        static_tree: Tree | None = None,
+    ) -> None:
+        if static_tree:
+            static_tree.check_fits(heads.num_heads, heads.vocab_size)
+        self._heads, self._calibration, self._device = heads, calibration, device
+        self._static_tree = static_tree
+        self._published = {tree.name: tree for tree in fitting_trees(heads)}
+        self._drafters: dict[tuple[str, int], HeadDrafter] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every tree a request may ask for that these heads can fill."""
+        return (DYNAMIC, STATIC, *self._published)
+
+    def check(self, name: str) -> None:
+        """Raise `TreeError` if no such tree can be filled."""
+        if name not in self.names:
+            raise TreeError(f"no draft tree {name!r}; choose one of {', '.join(self.names)}")
+
+    def is_adaptive(self, name: str) -> bool:
+        """Whether the tree comes in any size."""
+        return name == DYNAMIC or (name == STATIC and self._static_tree is None)
+
+    def drafter(self, name: str, nodes: int) -> HeadDrafter:
+        """`nodes` (root included) applies to adaptive trees."""
+        key = (name, nodes if self.is_adaptive(name) else 0)
+        if key not in self._drafters:
+            self._drafters[key] = make_drafter(self._heads, self._shape(name, nodes), self._device)
+        return self._drafters[key]
+
+    def _shape(self, name: str, nodes: int) -> Tree | int:
+        if name == DYNAMIC:
+            return nodes
+        if name == STATIC:
+            return self._static_tree or self._grown(nodes)
+        return self._published[name]
+
+    def _grown(self, nodes: int) -> Tree:
+        """From the calibrated accuracies, of ranks that a small vocabulary has."""
+        accuracies = self._calibration.accuracies[: self._heads.num_heads]
+        return grow_tree([head[: self._heads.vocab_size] for head in accuracies], nodes)
+
+
+def fitting_trees(heads: DraftHeads) -> list[Tree]:
+    """The published trees that these heads can fill."""
+    trees = [load_tree(name) for name in published_tree_names()]
+    return [tree for tree in trees if tree.fits(heads.num_heads, heads.vocab_size)]

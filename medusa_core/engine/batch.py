@@ -1,0 +1,79 @@
+"""What one step works on: B running sequences as tensors.
+
+Why a seam: everything below the engine sees rows of a batch, each with its own length, root, parameters, seed
+and tree, and no slot of its own choosing. One sequence is a batch of one.
+
+Shapes: B rows, P positions that a step can decide, V vocabulary.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from medusa_core.engine.logits_processors import LogitsChain
+from medusa_core.engine.sampling import noise_key, noise_of_keys
+from medusa_core.engine.sequence import Sequence
+from medusa_core.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of a step. `histories`: each row's tokens, the root last; `nodes`: the budget of its tree.
+
+    `slots_B`, `lengths_B` (committed tokens n) and `roots_B` are on the device, as is the `noise_BPV` that
+    the next tokens are drawn with, from position n + 1 on; None if all rows are greedy.
+    """
+
+    slots: tuple[int, ...]
+    params: tuple[SamplingParams, ...]
+    nodes: tuple[int, ...]
+    chains: tuple[LogitsChain, ...]
+    histories: tuple[SequenceOf[int], ...]
+    slots_B: Tensor
+    lengths_B: Tensor
+    roots_B: Tensor
+    noise_BPV: Tensor | None
+
+    def with_nodes(self, nodes: tuple[int, ...]) -> "Batch":
+        """The same with other budgets."""
+        return replace(self, nodes=nodes)
+
+
+def make_batch(
+    sequences: SequenceOf[Sequence], nodes: SequenceOf[int], depth: int, vocabulary_V: Tensor
+) -> Batch:
+    """Gather sequences whose trees are at most `depth` deep; one copy to the device of `vocabulary_V`."""
+    sampled = any(not sequence.params.is_greedy for sequence in sequences)
+    packed = torch.tensor(
+        [
+            [
+                sequence.slot,
+                sequence.num_cached,
+                sequence.root,
+                *_noise_keys(sequence, depth + 1 if sampled else 0),
+            ]
+            for sequence in sequences
+        ],
+        device=vocabulary_V.device,
+    )
+    return Batch(
+        slots=tuple(sequence.slot for sequence in sequences),
+        params=tuple(sequence.params for sequence in sequences),
+        nodes=tuple(nodes),
+        chains=tuple(sequence.chain for sequence in sequences),
+        histories=tuple(sequence.token_ids for sequence in sequences),
+        slots_B=packed[:, 0],
+        lengths_B=packed[:, 1],
+        roots_B=packed[:, 2],
+        noise_BPV=noise_of_keys(packed[:, 3:], vocabulary_V) if sampled else None,
+    )
+
+
+def _noise_keys(sequence: Sequence, count: int) -> list[int]:
+    """The root stands at position n: the next undecided one is n + 1."""
+    if sequence.params.is_greedy:
+        return [0] * count
+    first = sequence.num_cached + 1
+    return [noise_key(sequence.request.seed, position) for position in range(first, first + count)]

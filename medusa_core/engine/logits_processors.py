@@ -1,0 +1,188 @@
+"""What a request does to logits before a token is drawn from them: a chain of processors.
+
+Why a seam: a processor sees each tree node's own path besides its logits, so whatever it depends on (a
+penalty, a grammar), the processed row of a node equals that of ordinary decoding at the same place.
+
+Shapes: N rows (tree nodes), J places of a path, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from medusa_core.draft.draft_tree import DraftTree
+from medusa_core.engine.sampling import draw_tokens
+from medusa_core.sampling_params import SamplingParams
+
+ROUNDING = 1e-4  # a winner this close to a filter's threshold is judged by the filter itself
+NUCLEUS_PREFIX = 128  # candidates looked at before falling back to sorting the whole vocabulary
+
+
+@dataclass(frozen=True)
+class NodePaths:
+    """The tokens before each row: `history` without the root, the same for all; then the row's own path."""
+
+    history: Sequence[int]
+    tree: DraftTree
+    row: int
+
+    @cached_property
+    def path_tokens_NJ(self) -> Tensor:
+        """Token ids from the root to each node, which fills the places beyond its own depth."""
+        tokens_N = self.tree.tokens_BT[self.row]
+        return tokens_N[self.tree.paths_BTD()[self.row]]
+
+    @property
+    def depths_N(self) -> Tensor:
+        """Places of each row's path behind the root that count."""
+        return self.tree.depths_BT[self.row]
+
+
+class LogitsProcessor(Protocol):
+    """Changes rows of float32 logits by what stands before them; each row stands alone."""
+
+    def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
+        """New rows, or the same; tokens that cannot be drawn are -inf."""
+
+
+class LogitsFilter(Protocol):
+    """Excludes unlikely tokens, never the likeliest, and tells cheaply of one token whether it stays."""
+
+    def keep(self, logits_NV: Tensor) -> Tensor:
+        """The rows with -inf for excluded tokens."""
+
+    def surely_keeps(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """[N]: False also where it is too close to tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The k likeliest tokens; all of those that tie for the last place."""
+
+    k: int
+
+    def keep(self, logits_NV: Tensor) -> Tensor:
+        if self.k >= logits_NV.shape[-1]:
+            return logits_NV
+        kth = logits_NV.topk(self.k, dim=-1).values[..., -1:]
+        return logits_NV.masked_fill(logits_NV < kth, -torch.inf)
+
+    def surely_keeps(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        above = logits_NV > logits_NV.gather(-1, tokens_N[:, None]) - ROUNDING
+        return above.sum(dim=-1) <= self.k
+
+
+@dataclass(frozen=True, slots=True)
+class TopP:
+    """The fewest likeliest tokens whose probability at the temperature reaches p (Holtzman et al. 2020)."""
+
+    p: float
+    temperature: float
+
+    def keep(self, logits_NV: Tensor) -> Tensor:
+        scaled = logits_NV / self.temperature
+        log_total = scaled.logsumexp(dim=-1, keepdim=True)
+        vocab = scaled.shape[-1]
+        count = min(vocab, NUCLEUS_PREFIX)
+        best = scaled.topk(count, dim=-1).values
+        cumulative = (best - log_total).exp().cumsum(dim=-1)
+        if count < vocab and not bool((cumulative[..., -1] >= self.p).all()):
+            best = scaled.sort(dim=-1, descending=True).values
+            cumulative = (best - log_total).exp().cumsum(dim=-1)
+        # The last kept token is the first at which the mass reaches p.
+        last = (cumulative < self.p).sum(dim=-1, keepdim=True).clamp_(max=best.shape[-1] - 1)
+        return logits_NV.masked_fill(scaled < best.gather(-1, last), -torch.inf)
+
+    def surely_keeps(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        scaled = logits_NV / self.temperature
+        own = scaled.gather(-1, tokens_N[:, None])
+        mass_above = scaled.softmax(dim=-1).masked_fill_(scaled <= own, 0.0).sum(dim=-1)
+        return mass_above < self.p - ROUNDING
+
+
+@dataclass(frozen=True, slots=True)
+class MinP:
+    """Tokens at least p times as likely, at the temperature, as the likeliest."""
+
+    p: float
+    temperature: float
+
+    def keep(self, logits_NV: Tensor) -> Tensor:
+        scaled = logits_NV / self.temperature
+        floor = scaled.amax(dim=-1, keepdim=True) + math.log(self.p)
+        return logits_NV.masked_fill(scaled < floor, -torch.inf)
+
+    def surely_keeps(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        scaled = logits_NV / self.temperature
+        own = scaled.gather(-1, tokens_N[:, None])[:, 0]
+        return own > scaled.amax(dim=-1) + math.log(self.p) + ROUNDING
+
+
+@dataclass(frozen=True, slots=True)
+class LogitsChain:
+    """A request's processors, then its filters, in their order."""
+
+    temperature: float
+    processors: tuple[LogitsProcessor, ...] = ()
+    filters: tuple[LogitsFilter, ...] = ()
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "LogitsChain":
+        """Filters do not change which token is the likeliest, so greedy requests have none."""
+        if params.is_greedy:
+            return cls(0.0)
+        filters: list[LogitsFilter] = []
+        if params.top_k > 0:
+            filters.append(TopK(params.top_k))
+        if params.top_p < 1.0:
+            filters.append(TopP(params.top_p, params.temperature))
+        if params.min_p > 0.0:
+            filters.append(MinP(params.min_p, params.temperature))
+        return cls(params.temperature, (), tuple(filters))
+
+    def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
+        """Float32 logits with excluded tokens at -inf."""
+        return self.keep(self._change(logits_NV, paths))
+
+    def decide(self, logits_NV: Tensor, paths: NodePaths, noise_NV: Tensor | None) -> Tensor:
+        """The token [N] each row decides: a draw from `process`, mostly without filtering.
+
+        The winner among all tokens is the winner among the kept ones if it is kept itself. So the draw comes
+        first, and only rows whose winner a filter may exclude are filtered and drawn again: sorting 16 rows
+        to find their nuclei takes longer than everything else here.
+        """
+        logits = self._change(logits_NV, paths)
+        winners = draw_tokens(logits, self.temperature, noise_NV)
+        if not self.filters or noise_NV is None:
+            return winners
+        doubtful = (~self._surely_keep(logits, winners)).nonzero()[:, 0]
+        if len(doubtful):
+            kept = self.keep(logits[doubtful])
+            winners[doubtful] = draw_tokens(kept, self.temperature, noise_NV[doubtful])
+        return winners
+
+    def _change(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
+        logits = logits_NV.float()
+        for processor in self.processors:
+            logits = processor.process(logits, paths)
+        return logits
+
+    def keep(self, logits_NV: Tensor) -> Tensor:
+        """The filters' part of `process`."""
+        for logits_filter in self.filters:
+            logits_NV = logits_filter.keep(logits_NV)
+        return logits_NV
+
+    def _surely_keep(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+        """Each filter asked alone: they agree with the chain unless one renormalizes what another left."""
+        kept = torch.ones_like(tokens_N, dtype=torch.bool)
+        for place, logits_filter in enumerate(self.filters):
+            if place > 0 and isinstance(logits_filter, TopP):
+                return torch.zeros_like(kept)
+            kept &= logits_filter.surely_keeps(logits_NV, tokens_N)
+        return kept

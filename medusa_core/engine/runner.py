@@ -1,0 +1,85 @@
+"""Executes a step's tensor work on a batch: verify, then accept and commit.
+
+Why a seam: the eager runner is the reference; compiled and graphed runners do the same on static shapes. So
+both phases take tensors and give tensors, and what they decided is read by the host after the second one.
+
+Shapes: B rows, T tree nodes, D tree depth, P positions, V vocabulary, E hidden size.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from medusa_core.draft.draft_tree import DraftTree
+from medusa_core.engine.acceptance import longest_path, match_drafts, typical_drafts
+from medusa_core.engine.batch import Batch
+from medusa_core.engine.logits_processors import NodePaths
+from medusa_core.engine.sampling import draw_tokens
+from medusa_core.model.backbone import Backbone, BackboneOutput
+from medusa_core.model.kv_cache import KVCache
+from medusa_core.sampling_params import SpeculationMode
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a step decided, on the device.
+
+    `path_BD` [B, D+1]: accepted nodes, root first, of which `count_B` drafts count. `next_roots_B`: the
+    tokens decided behind them.
+    """
+
+    path_BD: Tensor
+    count_B: Tensor
+    next_roots_B: Tensor
+
+
+class Runner(Protocol):
+    """Runs a step's two phases. Nothing is decided on the host inside of one."""
+
+    def verify(self, batch: Batch, tree: DraftTree) -> BackboneOutput:
+        """One forward pass over all nodes; their keys and values lie uncommitted behind each row's own."""
+
+    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
+        """Choose each row's path and move its keys and values behind the committed ones."""
+
+
+class EagerRunner:
+    """Operation by operation, on any device."""
+
+    def __init__(self, backbone: Backbone, cache: KVCache) -> None:
+        self._backbone, self._cache = backbone, cache
+
+    def verify(self, batch: Batch, tree: DraftTree) -> BackboneOutput:
+        positions_BT = batch.lengths_B[:, None] + tree.depths_BT
+        rows = self._cache.rows(batch.slots)
+        return self._backbone.forward(tree.tokens_BT, positions_BT, tree.ancestors_BTT, rows)
+
+    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
+        judged = [_judge(batch, row, tree, output.logits_BTV[row]) for row in range(len(batch.slots))]
+        right_BT, scores_BT, targets_BT = (torch.stack(part) for part in zip(*judged, strict=True))
+        accepted = longest_path(right_BT, tree.ancestors_BTT, tree.depths_BT, tree.max_depth, scores_BT)
+        self._cache.keep(batch.slots_B, batch.lengths_B, accepted.path_BD)
+        next_roots_B = targets_BT.gather(1, accepted.leaf_B[:, None])[:, 0]
+        return Decision(accepted.path_BD, accepted.count_B, next_roots_B)
+
+
+def _judge(batch: Batch, row: int, tree: DraftTree, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one row: which drafts are right, a score for ties of the longest path, each node's own token [T]."""
+    params, chain = batch.params[row], batch.chains[row]
+    paths = NodePaths(batch.histories[row][:-1], tree, row)
+    tokens_1T, parents_1T = tree.tokens_BT[row : row + 1], tree.parents_BT[row : row + 1]
+    noise_TV = None
+    if batch.noise_BPV is not None and not params.is_greedy:
+        noise_TV = batch.noise_BPV[row, tree.depths_BT[row]]
+    if params.speculation.mode is SpeculationMode.TYPICAL and not params.is_greedy:
+        processed = chain.process(logits_TV, paths)
+        targets_T = draw_tokens(processed, params.temperature, noise_TV)
+        log_probs = (processed / params.temperature).log_softmax(dim=-1)
+        epsilon, delta = params.speculation.epsilon, params.speculation.delta
+        right, scores = typical_drafts(tokens_1T, parents_1T, log_probs[None], epsilon, delta)
+        return right[0], scores[0], targets_T
+    targets_T = chain.decide(logits_TV, paths, noise_TV)
+    right = match_drafts(tokens_1T, parents_1T, targets_T[None])[0]
+    return right, torch.zeros_like(right, dtype=torch.float32), targets_T

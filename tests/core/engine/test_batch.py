@@ -1,0 +1,102 @@
+"""Several sequences in one step: each decides what it decides alone, whatever stands beside it."""
+
+import random
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from medusa_core.draft.accuracy import default_calibration
+from medusa_core.draft.head_source import HeadSource
+from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.sources import build_sources
+from medusa_core.engine.batch import make_batch
+from medusa_core.engine.sampling import gumbel_noise
+from medusa_core.engine.sequence import Sequence
+from medusa_core.model.backbone import Backbone
+from medusa_core.request import Request
+from medusa_core.sampling_params import DraftSourceName, SamplingParams
+from tests.core.conftest import speculate
+from tests.core.stepping import Stepper
+
+CPU = torch.device("cpu")
+# Greedy, sampled, filtered, typical, of another tree, without drafts: row by row in one batch.
+ROWS = (
+    (SamplingParams(temperature=0.0), 12),
+    (SamplingParams(temperature=0.8, seed=5), 12),
+    (SamplingParams(temperature=1.1, seed=6, top_p=0.8, top_k=30), 7),
+    (SamplingParams(temperature=0.9, seed=7, speculation=speculate("typical")), 12),
+    (SamplingParams(temperature=0.0, speculation=speculate(tree="mc_sim_7b_63")), 64),
+    (SamplingParams(temperature=0.7, seed=8), 1),
+)
+
+
+def sources_of(heads: DraftHeads, slots: int) -> dict[DraftSourceName, object]:
+    source = HeadSource(heads, default_calibration(4), CPU)
+    source.allocate(slots=slots, capacity=300, dtype=torch.float32, device=CPU)
+    return dict(build_sources(source))
+
+
+@pytest.mark.parametrize("source", list(DraftSourceName))
+@pytest.mark.parametrize("kind", ["medusa", "hydra", "hydra++"])
+def test_rows_decide_what_they_decide_alone(
+    tiny_backbone: Backbone,
+    heads_that_know: Callable[[str], DraftHeads],
+    tiny_prompts: list[list[int]],
+    kind: str,
+    source: DraftSourceName,
+) -> None:
+    """Token for token, with random company in every step and slots in any order."""
+    rows = [row for row in ROWS if source is DraftSourceName.HEADS or row[0].speculation.tree == "dynamic"]
+    # Prompts that repeat themselves, so that n-grams find something.
+    prompts = [prompt + prompt for prompt in tiny_prompts[: len(rows)]]
+    heads, expected = heads_that_know(kind), []
+    for prompt, (params, nodes) in zip(prompts, rows, strict=True):
+        alone = Stepper(tiny_backbone, tiny_backbone.new_cache(1, 300), sources_of(heads, 1)[source])  # type: ignore[arg-type]
+        sequence = alone.start(prompt, params)
+        while len(sequence.token_ids) < len(prompt) + 30:
+            alone.step([sequence], [nodes])
+        expected.append(sequence.token_ids[: len(prompt) + 30])
+    together = Stepper(
+        tiny_backbone,
+        tiny_backbone.new_cache(len(rows), 300),
+        sources_of(heads, len(rows))[source],  # type: ignore[arg-type]
+    )
+    rng = random.Random(1)
+    slots = rng.sample(range(len(rows)), len(rows))
+    running = [
+        (together.start(prompt, params, slot), nodes)
+        for prompt, (params, nodes), slot in zip(prompts, rows, slots, strict=True)
+    ]
+    left = list(running)
+    while left:
+        company = rng.sample(left, rng.randint(1, len(left)))
+        together.step([sequence for sequence, _ in company], [nodes for _, nodes in company])
+        left = [(s, n) for s, n in left if len(s.token_ids) < len(s.request.prompt_ids) + 30]
+    got = [s.token_ids[: len(s.request.prompt_ids) + 30] for s, _ in running]
+    assert got == expected
+
+
+def sequence_of(params: SamplingParams, tokens: list[int], slot: int) -> Sequence:
+    request = Request(request_id="a", prompt_ids=tokens[:-1], params=params)
+    sequence = Sequence(request=request, slot=slot, stop_ids=frozenset(), max_total=100)
+    sequence.token_ids.append(tokens[-1])
+    sequence.num_cached = len(tokens) - 1
+    return sequence
+
+
+def test_a_batch_holds_each_rows_own() -> None:
+    vocabulary = torch.arange(50)
+    warm, greedy = SamplingParams(temperature=0.5, seed=9), SamplingParams(temperature=0.0, seed=9)
+    rows = [sequence_of(warm, [5, 6, 7], 4), sequence_of(greedy, [8, 9], 2)]
+    batch = make_batch(rows, [12, 1], 3, vocabulary)
+    assert (batch.slots, batch.nodes, batch.params) == ((4, 2), (12, 1), (warm, greedy))
+    assert batch.slots_B.tolist() == [4, 2]
+    assert batch.lengths_B.tolist() == [2, 1]
+    assert batch.roots_B.tolist() == [7, 9]
+    assert batch.noise_BPV is not None
+    assert batch.noise_BPV.shape == (2, 4, 50)
+    # The root stands at position 2; what comes next at 3.
+    assert torch.equal(batch.noise_BPV[0], gumbel_noise(9, range(3, 7), vocabulary))
+    assert make_batch(rows[1:], [1], 3, vocabulary).noise_BPV is None
+    assert batch.with_nodes((2, 3)).nodes == (2, 3)
