@@ -301,14 +301,17 @@ def test_templates_stay_in_their_sandbox(tiny_model_dir, tmp_path, template):
 
 def test_filters_do_not_leave_the_sandbox_either(tiny_model_dir, tmp_path):
     with ThreadPoolExecutor(1) as executor:
-        builder = make_builder(tiny_model_dir, executor, "a{{ ''|attr('__class__') }}", tmp_path)
+        builder = make_builder(
+            tiny_model_dir, executor, "{{ messages[0].content }}{{ ''|attr('__class__') }}", tmp_path
+        )
         ids = asyncio.run(builder.prepare(BODY, "chatcmpl-1")).prompt_ids
-    assert builder.chat.decode(ids) == "a"
+    assert builder.chat.decode(ids) == "hi"
 
 
 def test_a_template_that_loops_holds_up_nobody_for_ever(tiny_model_dir, tmp_path):
     """Its thread cannot be stopped, but its request ends, and the event loop goes on meanwhile."""
     loop = "{% for a in range(2000) %}{% for b in range(1500) %}{% endfor %}{% endfor %}"
+    loop = "{{ messages[0].content }}{% if messages[0].content == 'hi' %}" + loop + "{% endif %}"
     with ThreadPoolExecutor(1) as executor:
         builder = make_builder(tiny_model_dir, executor, loop, tmp_path, timeout=0.01)
         with pytest.raises(ApiError) as caught:
