@@ -1,8 +1,8 @@
-"""What coupled drafting gains: tokens per step with and without the target's noise in the drafts.
+"""Gain of coupled drafting: tokens per step with and without the target's noise in the drafts.
 
     python benchmarks/drafting.py --prompts held_out.jsonl --limit 60 --json drafting.json
 
-The answers are the same either way; only how much of them each step gets differs, so one run each is exact.
+Both give the same answers in different numbers of steps, so one run each is exact.
 """
 
 import json

@@ -1,18 +1,18 @@
-"""Every kind of draft heads on the same held-out dialogues: acceptance length, speedup, identity.
+"""Compares every kind of draft heads on held-out dialogues: acceptance length, speedup, identity.
 
     python benchmarks/heads.py --prompts held_out.jsonl --limit 100 --json heads.json
     python benchmarks/heads.py --prompts held_out.jsonl --limit 8 --inflate 1b --json heads_1b.json
 
-One row per kind and way of sampling: greedy, T = 0.7 exact, T = 0.7 typical. All trees have the same number
-of nodes but the chain's. Trees and temperatures are those of each set's calibration.json, made from other
-dialogues. A dialogue is cut before a random one of its answers: the last are mostly goodbyes of a few tokens.
+One row per kind and sampling: greedy, T = 0.7 exact, T = 0.7 typical. All trees but the chain have the same
+number of nodes. Trees and temperatures come from each set's calibration.json, made from other dialogues. A
+dialogue is cut before a random one of its answers, since the last are mostly goodbyes of a few tokens.
 
-Acceptance length (tokens per decode step) and identity come from a float32 run; the speedup, over the same
-backbone without speculation, from an interleaved run in the default dtype (bfloat16 where inflated), as do
-the figures of typical acceptance, which claims no identity.
+Acceptance length (tokens per decode step) and identity come from a float32 run. The speedup over the same
+backbone without speculation comes from an interleaved run in the default dtype (bfloat16 if inflated), as do
+the figures of typical acceptance, which is not lossless.
 
-medusa-2 changes the backbone, so it is not shipped and is compared with its own: `--train` makes it
-(benchmarks/medusa_2.py); without it there is no such row.
+medusa-2 has a backbone of its own, so it is not shipped; `--train` makes it (benchmarks/medusa_2.py), without
+it there is no such row.
 """
 
 import json
@@ -37,7 +37,8 @@ from medusa_core.benchmark.inflated import SHAPES, inflate_heads
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
-from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
+from medusa_core.loading.devices import resolve_device, resolve_dtype
+from medusa_core.loading.loader import load_parts
 from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
@@ -53,7 +54,7 @@ SHIPPED = ("medusa-1", "hydra", "hydra++")
 
 @dataclass(frozen=True)
 class Contender:
-    """A row's name, the heads it is about, the tree they fill, and the model they belong to."""
+    """A row's name, its heads, their tree, and the model they belong to."""
 
     name: str
     heads: str
@@ -64,7 +65,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Side:
-    """A contender with its engine; `baseline` names the runs it is compared with."""
+    """A contender, its engine, and the name of the runs it is compared with."""
 
     contender: Contender
     engine: Engine
@@ -173,7 +174,7 @@ def inflated(contender: Contender, config: EngineConfig, shape: str, models: dic
 
 
 def chain_file(contender: Contender, folder: Path) -> str:
-    """The chain of every head's first guess, as a tree file."""
+    """A tree file with the chain of every head's best token."""
     parts = load_parts(contender.model, contender.heads, EngineConfig(dtype="float32", measure=False))
     assert parts.heads is not None
     file = folder / "chain.json"
@@ -213,7 +214,7 @@ def judge(sides: Sequence[Side], ids: list[list[int]], name: str, runs: Runs) ->
 def row(
     side: Side, name: str, nodes: int, judged: dict[str, Any], runs: Runs, ids: list[list[int]]
 ) -> dict[str, Any]:
-    """One row: what was judged, and the timed figures."""
+    """One row: judged and timed figures."""
     contender, (temperature, mode) = side.contender, SAMPLINGS[name]
     lengths = [len(prompt) for prompt in ids]
     own, baseline = (report.rates(runs[key], lengths) for key in (contender.name, side.baseline))
@@ -238,7 +239,7 @@ def row(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The rows for people."""
+    """The rows as a table for the terminal."""
     shown = Table(title=f"{result['shape']} shape, {result['prompts']['count']} dialogues")
     for name in (
         "heads",

@@ -1,10 +1,10 @@
-"""What HTTP costs: tokens/s of whole answers through `medusa serve` against the engine's own, interleaved.
+"""Cost of HTTP: tokens/s of whole answers through `medusa serve` and by the engine, interleaved.
 
     python benchmarks/http_speed.py --prompts held_out.jsonl --limit 30 --json http.json
 
-Starts a server on a free loopback port, streams with a plain httpx client at concurrency 1, and runs the
-same prompts, greedy, on an engine of its own in this process. Answers are timed whole, prefill included: the
-server sends tokens in groups, so a clock that starts at the first one would miss those that came with it.
+Starts a server on a free loopback port, streams with httpx at concurrency 1, and runs the same prompts,
+greedy, on an engine in this process. Answers are timed whole, prefill included: the server sends tokens in
+groups, so a clock that starts at the first one would miss those sent with it.
 """
 
 import json
@@ -69,7 +69,7 @@ def main(
 def measure(
     engine: Engine, url: str, prompts: Sequence[Prompt], max_tokens: int, repeats: int
 ) -> tuple[list[Run], list[Run]]:
-    """The engine's runs and the streamed ones: prompt by prompt, in turn first and second."""
+    """The engine's runs and the streamed ones, prompt by prompt in alternating order."""
     own: list[Run] = []
     streamed: list[Run] = []
     run = engine_runner(engine)
@@ -91,9 +91,9 @@ def measure(
 
 
 def stream(client: httpx.Client, model: str, prompt: Prompt, max_tokens: int) -> Run:
-    """One streamed answer, up to the last event of its choice; only the number of its tokens is known.
+    """One streamed answer, up to the last event of its choice.
 
-    So ids are zeros. A stop token takes a step as well.
+    Token ids are zeros, since only their number is known; a stop token counts too.
     """
     body = {
         "model": model,

@@ -1,10 +1,10 @@
-"""Medusa-2 on the demo model, and what becomes of its backbone (Medusa paper §2.2.2).
+"""Trains Medusa-2 on the demo model and compares its backbone before and after (Medusa paper §2.2.2).
 
     python benchmarks/medusa_2.py --data dialogues.jsonl --held-out others.jsonl --json medusa_2.json
 
-Trains two-stage, with the shipped Medusa-1 heads as what stage one would give, and beside it the direct joint
-training that the recipe is there to avoid: fresh heads, one learning rate, no balance of the losses. Prints
-the backbone's held-out loss before and after. `benchmarks/heads.py --train` runs the first of them only.
+Two runs: two-stage, with the shipped Medusa-1 heads in place of stage one's, and direct joint training, which
+the recipe avoids: fresh heads, one learning rate, unweighted losses. Prints the backbone's held-out loss.
+`benchmarks/heads.py --train` makes the two-stage run only.
 """
 
 import json
@@ -62,7 +62,7 @@ def train_medusa_2(data: list[Path]) -> None:
 
 
 def train(joint: str, data: list[Path], out: Path, steps: int) -> dict[str, Any]:
-    """One run, unless it has been made before; gives its report's figures."""
+    """Figures of one run's report; trains only if there is none yet."""
     report = out / "training.json"
     if not report.is_file():
         heads = EMBEDDED_MODEL / "medusa-1"
@@ -94,7 +94,7 @@ def held_out_loss(model: Path, dialogues: Path) -> float:
 
 
 def own_dialogues() -> list[Path]:
-    """What the demo model answers to composed users, where no dialogues are given."""
+    """Dialogues of the demo model with composed users, if none are given."""
     RUNS.mkdir(parents=True, exist_ok=True)
     seeds, answered = RUNS / "seeds.jsonl", RUNS / "dialogues.jsonl"
     script = ROOT / "examples" / "own_model" / "seed_prompts.py"

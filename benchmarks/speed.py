@@ -52,7 +52,7 @@ def main(
     del demo
     big = inflated_engine(model, heads, EngineConfig(dtype="bfloat16"), SHAPES["1b"])
     figures["inflated_1b"] = run_bench(big, few, once, warn=print)
-    summary = summarise(figures)
+    summary = summarize(figures)
     json_file.write_text(json.dumps({"summary": summary} | figures, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(summary, indent=2))
 
@@ -60,7 +60,7 @@ def main(
 def against_fastest_baseline(
     demo: Engine, model: str, prompts: Sequence[Prompt], settings: BenchSettings
 ) -> dict[str, Any]:
-    """Medusa in the default dtype beside baselines in every dtype, all interleaved."""
+    """Medusa in the default dtype and baselines in every dtype, interleaved."""
     baselines = {
         dtype: Engine.from_pretrained(model, heads="none", config=EngineConfig(dtype=dtype, measure=False))
         for dtype in DTYPES
@@ -74,8 +74,8 @@ def against_fastest_baseline(
     return {"medusa_dtype": demo.info.dtype, "rates": rates, "speedup_over": ratios}
 
 
-def summarise(figures: dict[str, Any]) -> dict[str, float | None]:
-    """The figures with a target, each a ratio of medians."""
+def summarize(figures: dict[str, Any]) -> dict[str, float | None]:
+    """The main ratios, each of medians."""
     demo, big = figures["demo"], figures["inflated_1b"]
     over = [ratio for ratio in figures["fastest_baseline"]["speedup_over"].values() if ratio]
     return {

@@ -21,11 +21,10 @@ class EngineConfig:
 
     `dtype` "auto": on CUDA the checkpoint's 16-bit type (bfloat16 for float32 ones), on a CPU bfloat16 if it
     multiplies that natively and float32 otherwise. `device` "auto" is CUDA if there is one ("auto:N": its
-    device N). `max_length`
-    (tokens, prompt and answer) defaults to the model's context, at most `DEFAULT_CONTEXT_LIMIT`. `tree_nodes`
-    (root included) None lets calibration and measured step times choose; 1 turns speculation off.
-    `static_tree` (a published name or a JSON file) replaces the tree grown from the heads' accuracies as what
-    "static" means.
+    device N). `max_length` (tokens, prompt and answer) defaults to the model's context, at most
+    `DEFAULT_CONTEXT_LIMIT`. `tree_nodes` (root included) None lets calibration and measured step times
+    choose; 1 turns speculation off. `static_tree` (a published name or a JSON file) is the tree that "static"
+    means, instead of one grown from the heads' accuracies.
     """
 
     dtype: str = "auto"
@@ -50,3 +49,12 @@ class EngineConfig:
             raise ConfigError(f"max_length must be at least 2, not {self.max_length}")
         if self.tree_nodes is not None and not 1 <= self.tree_nodes <= 256:
             raise ConfigError(f"tree_nodes must be between 1 and 256, not {self.tree_nodes}")
+
+
+def resolve_context_length(max_length: int | None, max_positions: int) -> int:
+    """Tokens of prompt and answer together. Raises `ConfigError` beyond the model's positions."""
+    if max_length is None:
+        return min(max_positions, DEFAULT_CONTEXT_LIMIT)
+    if max_length > max_positions:
+        raise ConfigError(f"max_length {max_length} is beyond the model's {max_positions} positions")
+    return max_length

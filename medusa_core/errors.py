@@ -1,4 +1,4 @@
-"""Everything this package raises for a caller's mistake.
+"""Errors that this package raises for a caller's mistake.
 
     MedusaError
     ├── ConfigError        a setting or sampling parameter is out of range
@@ -43,3 +43,8 @@ class RequestError(MedusaError):
 
 class CapacityError(RequestError):
     """Every slot is taken."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

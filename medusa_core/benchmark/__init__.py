@@ -1,1 +1,1 @@
-"""Baseline, Medusa and transformers' `generate`, measured interleaved on the same prompts and weights."""
+"""Benchmarks of baseline, Medusa and transformers' `generate`, interleaved on the same prompts."""

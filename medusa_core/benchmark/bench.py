@@ -1,4 +1,4 @@
-"""`medusa bench` as a function: prompts and an engine in, the report out."""
+"""`medusa bench`: runs an engine with and without speculation on prompts and reports figures."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ from medusa_core.text.prompts import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BenchSettings:
-    """What to measure. `seed` is the first prompt's; the others count up from it."""
+    """What to measure. Prompt i is sampled with `seed` + i."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -41,7 +41,7 @@ class BenchSettings:
         self.sampling()  # refuses what is out of range before a model is loaded
 
     def sampling(self) -> SamplingParams:
-        """The sampling of every run, speculation aside."""
+        """Sampling parameters of every run, without speculation."""
         return SamplingParams(
             max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
         )
@@ -55,7 +55,7 @@ def run_bench(
     warn: Callable[[str], None],
     on_prompt: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Measure and report, in the form `medusa bench --json` writes.
+    """The report that `medusa bench --json` writes.
 
     Prompts that leave no room for `max_tokens` are skipped with a warning. Raises `DataError` if none is left
     or the chat template refuses one, `ConfigError` if the engine has no heads.
@@ -71,23 +71,24 @@ def run_bench(
         variants.append(Variant("hf_generate", hf_runner(engine)))
     runs = interleave(variants, prompt_ids, params, repeats=settings.repeats, on_prompt=on_prompt)
     lengths = [len(ids) for ids in prompt_ids]
-    baseline, medusa = (report.rates(runs[name], lengths) for name in ("baseline", "medusa"))
-    identity = compare_tokens(runs["baseline"], runs["medusa"], prompt_ids, params, engine.backbone)
-    hf: dict[str, Any] | None = None
-    if settings.compare_hf:
-        hf = dict(report.rates(runs["hf_generate"], lengths))
-        hf |= {"step_seconds": report.step_seconds(runs["hf_generate"]), "identical": None}
-        if params.is_greedy:  # sampled, each has a generator of its own
-            other = compare_tokens(runs["baseline"], runs["hf_generate"], prompt_ids, params, engine.backbone)
-            hf["identical"] = report.identity_figures(other)
+    figures: dict[str, dict[str, Any]] = {
+        name: report.rates(own, lengths) | {"step_seconds": report.step_seconds(own)}
+        for name, own in runs.items()
+    }
+
+    def identical(name: str) -> dict[str, Any]:
+        identity = compare_tokens(runs["baseline"], runs[name], prompt_ids, params, engine.backbone)
+        return report.identity_figures(identity)
+
+    hf = figures.get("hf_generate")
+    if hf is not None:  # sampled, each draws from a generator of its own
+        hf["identical"] = identical("hf_generate") if params.is_greedy else None
     return {
-        "baseline": baseline | {"step_seconds": report.step_seconds(runs["baseline"])},
-        "medusa": medusa
-        | {"step_seconds": report.step_seconds(runs["medusa"])}
-        | report.speculation_figures(runs["medusa"]),
+        "baseline": figures["baseline"],
+        "medusa": figures["medusa"] | report.speculation_figures(runs["medusa"]),
         "hf_generate": hf,
-        "speedup": report.ratio(medusa, baseline),
-        "identical": report.identity_figures(identity),
+        "speedup": report.ratio(figures["medusa"], figures["baseline"]),
+        "identical": identical("medusa"),
         "prompts": len(prompt_ids),
         "skipped_prompts": len(prompts) - len(prompt_ids),
         "tokens": sum(len(repeats[0].token_ids) for repeats in runs["baseline"]),
@@ -119,7 +120,7 @@ def fitting_prompts(
 
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
-    """What was measured."""
+    """The measured engine, for reports."""
     info = engine.info
     return {
         "model": info.model,
@@ -132,7 +133,7 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
 
 
 def machine_facts() -> dict[str, Any]:
-    """Where it was measured."""
+    """The machine and versions of a measurement, for reports."""
     return {
         "machine": _cpu_name(),
         "cpus": os.cpu_count(),
@@ -144,10 +145,8 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _cpu_name() -> str:
-    """The processor's name as Linux tells it; the architecture elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    """The processor's name on Linux, else the architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())

@@ -1,4 +1,4 @@
-"""Runs variants interleaved over prompts and compares what they produced."""
+"""Runs variants interleaved over prompts and compares their tokens."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ BASELINE = SpeculationParams(mode=SpeculationMode.OFF)
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One way to decode: a runner, and the speculation it is asked for."""
+    """A runner and the speculation to run it with."""
 
     name: str
     runner: Runner
@@ -26,10 +26,10 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """How many of the prompts gave the same tokens, and how near a tie it was where they did not.
+    """How many prompts gave the same tokens, and how near a tie the others were.
 
-    `margins` has for every differing prompt the gap between the reference's two best logits (with the
-    position's noise at temperature > 0) at the first token that differs.
+    `margins`: for each differing prompt the gap between the reference's two best logits (with the position's
+    noise at temperature > 0) at the first token that differs.
     """
 
     same: int
@@ -45,10 +45,10 @@ def interleave(
     repeats: int = 1,
     on_prompt: Callable[[], None] = lambda: None,
 ) -> dict[str, list[list[Run]]]:
-    """Runs [variant][prompt][repeat]. Per prompt the variants alternate, in an order that rotates.
+    """Runs [variant][prompt][repeat]. Per prompt the variants alternate, in a rotating order.
 
-    So drift of the machine and the warmth of its caches fall on all alike. Every variant first answers the
-    first prompt briefly, uncounted. Prompt i is sampled with seed `params.seed` + i.
+    So machine drift and warm caches affect all alike. Each variant first warms up on a few tokens of the
+    first prompt. Prompt i is sampled with seed `params.seed` + i.
     """
     warmup = replace(params, max_tokens=min(WARMUP_TOKENS, params.max_tokens or WARMUP_TOKENS))
     for variant in variants:

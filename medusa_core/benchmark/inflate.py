@@ -1,13 +1,12 @@
 """Pads a small Llama and its draft heads to a real model's shape without changing what they compute.
 
-For benchmarks: real text and real acceptance at the memory traffic of a 1.1-1.3 B-parameter model. d is the
-model's own hidden size, D the inflated one.
+For benchmarks: the small model's text and acceptance at the memory traffic of a 1.1-1.3 B-parameter model.
+d is the model's own hidden size, D the inflated one.
 
-The one invariant: dimensions d..D of the residual stream are zero. So the embedding writes zeros there, and
-so do `o_proj` and `down_proj`, which also ignore the added query heads and intermediate rows; in added layers
-they are zero altogether. RMSNorm then sees a mean square d/D times as large, which `weight * sqrt(d/D)` and
-`eps * d/D` undo. Everything that only ever meets a zero is random instead of zero, so that no kernel or
-memory system can profit from it.
+The invariant: dimensions d..D of the residual stream are zero. So the embedding, `o_proj` and `down_proj`
+write zeros there; the latter two also ignore the added query heads and intermediate rows, and are zero in
+added layers. RMSNorm then sees a mean square d/D times as large, which `weight * sqrt(d/D)` and `eps * d/D`
+undo. Weights that only ever multiply zeros are random, so that no kernel or memory system profits from them.
 """
 
 import copy
@@ -20,15 +19,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from medusa_core.errors import ConfigError
 
-POOL_SIZE = (
-    1 << 22
-)  # random numbers drawn; tiled over all weights, since drawing a billion takes half a minute
+POOL_SIZE = 1 << 22  # random numbers, tiled over all weights: drawing 1e9 takes long
 DEAD_WEIGHT_STD = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InflatedShape:
-    """The target; key/value heads follow from the model's own ratio. The defaults are `--inflate 1b`."""
+    """The target shape, by default `--inflate 1b`; key/value heads follow from the model's own ratio."""
 
     hidden_size: int = 2048
     num_layers: int = 22
@@ -48,7 +45,7 @@ class RandomFill:
         self._start = 0
 
     def __call__(self, target: Tensor) -> None:
-        """Fill a contiguous tensor, each from another place of the pool."""
+        """Fill a contiguous tensor, each call from another place of the pool."""
         flat = target.view(-1)
         done = 0
         while done < flat.numel():
@@ -86,31 +83,6 @@ def inflate_model(
     return inflated
 
 
-@torch.no_grad()
-def inflate_head_parameter(
-    target: Tensor, own: Tensor, fill: RandomFill, inputs_side_by_side: int = 1
-) -> None:
-    """Write a draft head's parameter, stacked over K heads, into its inflated one.
-
-    Blocks [K, d, n * d] -> [K, D, n * D] with n inputs side by side, biases [K, d] -> [K, D], output layers
-    [K, V, d] -> [K, V, D]. Rows beyond the own ones feed the residual and stay zero; columns beyond an
-    input's d only ever meet zeros and are random.
-    """
-    if own.shape[-1] > target.shape[-1]:
-        raise ConfigError(f"cannot inflate heads of hidden size {own.shape[-1]} to {target.shape[-1]}")
-    target.zero_()
-    for wide, narrow in zip(target, own, strict=True):
-        rows = narrow.shape[0]
-        if narrow.ndim == 2:
-            fill(wide[:rows])
-            inputs = (inputs_side_by_side, -1)
-            wide[:rows].unflatten(1, inputs)[..., : narrow.shape[1] // inputs[0]] = narrow.unflatten(
-                1, inputs
-            )
-        else:
-            wide[:rows] = narrow
-
-
 def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForCausalLM:
     if type(model) is not LlamaForCausalLM:
         raise ConfigError(f"only Llama models can be inflated, not {type(model).__name__}")
@@ -118,7 +90,7 @@ def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForC
     if config.attention_bias or config.mlp_bias:
         raise ConfigError("cannot inflate a Llama with biases")
     if any(not parameter.is_floating_point() for parameter in model.parameters()):
-        raise ConfigError("cannot inflate a quantised model")
+        raise ConfigError("cannot inflate a quantized model")
     head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
     if head_dim != shape.head_dim:
         raise ConfigError(f"cannot inflate: head_dim is {head_dim}, the target's is {shape.head_dim}")
@@ -140,7 +112,7 @@ def _check_inflatable(model: PreTrainedModel, shape: InflatedShape) -> LlamaForC
 
 
 def _group_size(config: LlamaConfig) -> int:
-    """Query heads to a key/value head."""
+    """Query heads per key/value head."""
     return config.num_attention_heads // (config.num_key_value_heads or config.num_attention_heads)
 
 
@@ -179,7 +151,7 @@ def _fill_weights(llama: LlamaForCausalLM, inflated: LlamaForCausalLM, fill: Ran
 
 @torch.no_grad()
 def inflate_layer(source: nn.Module | None, layer: nn.Module, fill: RandomFill) -> None:
-    """Write one decoder layer: the model's own where there is one, else an identity."""
+    """Write one decoder layer: the model's own, or an identity without `source`."""
     own = dict(source.named_parameters()) if source is not None else {}
     for name, weight in layer.named_parameters():
         if name.endswith(("o_proj.weight", "down_proj.weight")):

@@ -1,18 +1,21 @@
-"""An engine around an inflated model: real text and acceptance at a 1.2 B model's memory traffic."""
+"""An engine with inflated model and heads: the small model's text and acceptance at a 1.2 B model's cost."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import torch
 from transformers import LlamaForCausalLM
 
 from medusa_core.benchmark.inflate import (
     InflatedShape,
     RandomFill,
-    inflate_head_parameter,
     inflate_layer,
     inflate_model,
     inflate_norm,
 )
+from medusa_core.checkpoints.parameters import weights_of
+from medusa_core.checkpoints.weights import Linear
 from medusa_core.config import EngineConfig
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.hydra import HydraHeads
@@ -20,7 +23,8 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError
-from medusa_core.loading.loader import load_parts, resolve_device, resolve_dtype
+from medusa_core.loading.devices import resolve_device, resolve_dtype
+from medusa_core.loading.loader import load_parts
 
 SHAPES = {"1b": InflatedShape()}
 
@@ -44,55 +48,46 @@ def inflate_heads(
 ) -> MedusaHeads | HydraHeads:
     """Heads for an inflated model, in its dtype, with the logits and output rows of the given ones."""
     fill = RandomFill(dtype=inflated.dtype, device=inflated.device, seed=seed + 1)
-    if isinstance(heads, MedusaHeads):
-        return _inflate_medusa(heads, inflated, fill)
+    hidden_size, weight = inflated.config.hidden_size, inflated.lm_head.weight
+    if not isinstance(heads, MedusaHeads | HydraHeads):
+        raise ConfigError(f"{type(heads).__name__} cannot be inflated")
+    own = weights_of(heads)
+    if own.hidden_size > hidden_size:
+        raise ConfigError(f"cannot inflate heads of hidden size {own.hidden_size} to {hidden_size}")
+    options: dict[str, Any] = {
+        "shared_output": weight if heads.is_shared else None,
+        "token_map": heads.token_map,
+        "dtype": weight.dtype,
+        "device": weight.device,
+    }
+    wide: MedusaHeads | HydraHeads
     if isinstance(heads, HydraHeads):
-        return _inflate_hydra(heads, inflated, fill)
-    raise ConfigError(f"{type(heads).__name__} cannot be inflated")
-
-
-def _inflate_medusa(heads: MedusaHeads, inflated: LlamaForCausalLM, fill: RandomFill) -> MedusaHeads:
-    weight = inflated.lm_head.weight
-    wide = MedusaHeads(
-        num_heads=heads.num_heads,
-        num_layers=heads.num_layers,
-        hidden_size=inflated.config.hidden_size,
-        vocab_size=heads.vocab_size,
-        shared_output=weight if heads.is_shared else None,
-        token_map=heads.token_map,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-    for target, own in zip(wide.parameters(), heads.parameters(), strict=True):
-        inflate_head_parameter(target, own, fill)
+        shape = replace(heads.shape, hidden_size=hidden_size)
+        prefix = None if heads.prefix is None else _inflate_prefix(heads.prefix, inflated, fill)
+        wide = HydraHeads(shape, embed=inflated.get_input_embeddings(), prefix=prefix, **options)
+    else:
+        options |= {"num_heads": heads.num_heads, "num_layers": heads.num_layers}
+        wide = MedusaHeads(hidden_size=hidden_size, vocab_size=heads.vocab_size, **options)
+    for target, linear in zip(weights_of(wide).linears, own.linears, strict=True):
+        _inflate_linear(target, linear, own.hidden_size, fill)
     return wide.eval().requires_grad_(False)
 
 
-def _inflate_hydra(heads: HydraHeads, inflated: LlamaForCausalLM, fill: RandomFill) -> HydraHeads:
-    weight = inflated.lm_head.weight
-    wide = HydraHeads(
-        replace(heads.shape, hidden_size=inflated.config.hidden_size),
-        embed=inflated.get_input_embeddings(),
-        prefix=None if heads.prefix is None else _inflate_prefix(heads.prefix, inflated, fill),
-        shared_output=weight if heads.is_shared else None,
-        token_map=heads.token_map,
-        dtype=weight.dtype,
-        device=weight.device,
-    )
-    for number, (first, own) in enumerate(zip(wide.first_weights, heads.first_weights, strict=True)):
-        inflate_head_parameter(first, own, fill, inputs_side_by_side=number + 2)
-    rest = [
-        (getattr(wide, name), getattr(heads, name))
-        for name in ("first_biases", "block_weights", "block_biases")
-    ]
-    for targets, owns in rest:
-        for target, own in zip(targets, owns, strict=True):
-            inflate_head_parameter(target, own, fill)
-    if wide.output_KVE is not None and heads.output_KVE is not None:
-        inflate_head_parameter(wide.output_KVE, heads.output_KVE, fill)
-    if wide.output_bias_KV is not None and heads.output_bias_KV is not None:
-        wide.output_bias_KV.data.copy_(heads.output_bias_KV)
-    return wide.eval().requires_grad_(False)
+@torch.no_grad()
+def _inflate_linear(target: Linear, own: Linear, hidden_size: int, fill: RandomFill) -> None:
+    """Write a linear layer [rows, n * d] of n inputs into its inflated one [rows', n * D].
+
+    Added rows feed the residual stream and stay zero. Columns beyond an input's d only ever multiply zeros
+    and are random.
+    """
+    rows, width = own.weight.shape
+    inputs = (width // hidden_size, -1)
+    target.weight.zero_()
+    fill(target.weight[:rows])
+    target.weight[:rows].unflatten(1, inputs)[..., :hidden_size] = own.weight.unflatten(1, inputs)
+    if target.bias is not None and own.bias is not None:
+        target.bias.zero_()
+        target.bias[:rows] = own.bias
 
 
 def _inflate_prefix(prefix: PrefixLayer, inflated: LlamaForCausalLM, fill: RandomFill) -> PrefixLayer:

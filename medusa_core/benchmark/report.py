@@ -1,4 +1,4 @@
-"""From runs to the figures of `medusa bench`: medians, shares and the table. All times in seconds."""
+"""Figures and table of `medusa bench`, computed from runs. All times in seconds."""
 
 from collections.abc import Callable, Sequence
 from statistics import fmean, median, median_low
@@ -16,9 +16,9 @@ PHASES = ("propose", "verify", "commit")
 
 
 def rates(runs: PromptRuns, prompt_lengths: Sequence[int]) -> dict[str, float | None]:
-    """Decode tokens/s: the median over prompts of each prompt's median over repeats; prefill beside it.
+    """Decode and prefill rates: the median over prompts of each prompt's median over repeats.
 
-    `overall_tokens_per_second` is all tokens over all seconds, in which long answers weigh more.
+    `overall_tokens_per_second` is all tokens over all seconds, so long answers weigh more.
     """
     per_prompt = [_median_of(repeats, lambda run: run.tokens_per_second) for repeats in runs]
     flat = [run for repeats in runs for run in repeats]
@@ -35,19 +35,19 @@ def rates(runs: PromptRuns, prompt_lengths: Sequence[int]) -> dict[str, float | 
 
 
 def step_seconds(runs: PromptRuns) -> float | None:
-    """Wall time of a decode step, what happens between steps included: median over runs.
+    """Median over runs of a decode step's wall time, time between steps included.
 
-    Where steps are not known (transformers' `generate`) each gives one token.
+    A run without steps (transformers' `generate`) counts one token a step.
     """
     flat = [run for repeats in runs for run in repeats if run.decoded_tokens > 0]
     return _median([run.decode_seconds / (len(run.steps) or run.decoded_tokens) for run in flat])
 
 
 def speculation_figures(runs: PromptRuns) -> dict[str, Any]:
-    """What the draft tree gained and where its time went.
+    """What the draft tree gained and what it cost.
 
-    Acceptance length is tokens per decode step; `acceptance_by_head[k]` the share of steps with drafts of
-    head k in which one was accepted. Phases are times per step, `other` what is left of a step's wall time.
+    `acceptance_length`: tokens per decode step. `acceptance_by_head[k]`: share of the steps with drafts of
+    head k in which one was accepted. `phases`: seconds per step, `other` the rest of a step's wall time.
     """
     stepped = _stepped(runs)
     steps = [step for run in stepped for step in run.steps]
@@ -66,13 +66,13 @@ def speculation_figures(runs: PromptRuns) -> dict[str, Any]:
 
 
 def identity_figures(identity: Identity) -> dict[str, Any]:
-    """`first_divergence_margin` is the widest of all differing prompts: even that should be a near-tie."""
+    """`first_divergence_margin`: the widest of all differing prompts; even that should be a near-tie."""
     widest = max(identity.margins, default=None)
     return {"same": identity.same, "of": identity.of, "first_divergence_margin": widest}
 
 
 def ratio(figures: dict[str, Any], reference: dict[str, Any]) -> float | None:
-    """How many times faster, by the medians of the decode rates."""
+    """Ratio of the median decode rates; None if either is unknown."""
     own, other = figures["tokens_per_second"], reference["tokens_per_second"]
     return own / other if own and other else None
 
@@ -104,7 +104,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def make_table(report: dict[str, Any]) -> Table:
-    """The report for people."""
+    """The report as a table for the terminal."""
     columns = [("baseline", report["baseline"]), ("medusa", report["medusa"])]
     if report["hf_generate"] is not None:
         columns.append(("hf generate", report["hf_generate"]))

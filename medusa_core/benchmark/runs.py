@@ -1,4 +1,4 @@
-"""One timed run of one prompt: by our engine, or by transformers' `generate` on the same weights."""
+"""Timed runs of one prompt, by our engine or by transformers' `generate` on the same weights."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -19,10 +19,10 @@ Runner = Callable[[Sequence[int], SamplingParams], "Run"]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One generation. `token_ids` are all decided tokens, the one that stopped it included.
+    """One generation. `token_ids`: all generated tokens, a stop token included.
 
-    Prefill ends with the first token. `decode_seconds` run from there to the last token, so they cover
-    `decoded_tokens`; `steps` (ours only) are the decode steps in between.
+    `prefill_seconds` last to the first token, `decode_seconds` from there to the last one, so they cover
+    `decoded_tokens`. `steps`: the decode steps, of our engine only.
     """
 
     token_ids: tuple[int, ...]
@@ -36,12 +36,12 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Decode rate; None if there was nothing to decode after the first token."""
+        """Decode rate; None with a single token."""
         return self.decoded_tokens / self.decode_seconds if self.decoded_tokens > 0 else None
 
 
 def engine_runner(engine: Engine) -> Runner:
-    """Runs `engine.generate`, timed outside of it: whatever the engine does between steps counts."""
+    """A runner of `engine.steps`, timed from outside, so that time between steps counts."""
 
     def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
         tokens: list[int] = []
@@ -65,10 +65,10 @@ def engine_runner(engine: Engine) -> Runner:
 
 
 def hf_runner(engine: Engine) -> Runner:
-    """Runs transformers' `generate` with its default cache on the engine's own weights.
+    """A runner of transformers' `generate`, with its default cache, on the engine's own weights.
 
-    Times are taken as tokens reach a streamer, which costs it about a microsecond a token; set-up and
-    tear-down of `generate` are left out of the decode time.
+    Timed as tokens reach a streamer (about 1 µs a token), so its set-up and tear-down do not count as
+    decoding.
     """
     model = engine.backbone.model
     eos_ids = sorted(engine.chat_tokenizer.eos_token_ids)
@@ -93,7 +93,7 @@ def hf_runner(engine: Engine) -> Runner:
 
 
 class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, misc, unused-ignore]
-    """Notes when each token arrives; the first thing `generate` hands it is the prompt."""
+    """Records when each token arrives; `generate` puts the prompt first."""
 
     def __init__(self) -> None:
         self._times: list[float] = []
@@ -110,7 +110,7 @@ class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, misc, unused-ignore
 
 
 class _MaskPadding(LogitsProcessor):
-    """Keeps a padded vocabulary's extra ids from being drawn, as our engine does."""
+    """Masks a padded vocabulary's extra ids, as our engine does."""
 
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
@@ -127,7 +127,7 @@ def _processors(engine: Engine) -> LogitsProcessorList:
 
 
 def _generation_config(params: SamplingParams, eos_ids: list[int]) -> GenerationConfig:
-    """Every value given, since `generate` fills gaps from the model's own generation_config."""
+    """A configuration with every value set: `generate` takes missing ones from the model's own."""
     stops = [] if params.ignore_eos else eos_ids
     return GenerationConfig(
         do_sample=not params.is_greedy,

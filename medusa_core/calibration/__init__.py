@@ -1,1 +1,1 @@
-"""Measure how often draft heads are right, how sure they may be, and which tree is fastest here."""
+"""Calibrates draft heads: accuracies, temperatures, and the fastest tree on this machine."""

@@ -1,9 +1,10 @@
-"""The whole of `medusa calibrate`: answers, accuracies, temperatures, expected lengths, the fastest tree."""
+"""`medusa calibrate`: measures heads on the model's own answers and chooses the fastest tree."""
 
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
@@ -24,11 +25,12 @@ from medusa_core.text.prompts import Prompt
 
 Progress = Callable[[str], None]
 GREEDY = 0.0
+NO_HEADS = "there are no draft heads to calibrate: give --heads or a model that has some"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationSettings:
-    """What to measure on. `temperatures`: beside 0, where the heads' confidence is calibrated."""
+    """How to answer. `temperatures`: those, beside 0, at which the heads' confidence is calibrated."""
 
     max_tokens: int = 128
     temperatures: tuple[float, ...] = (0.3, 0.7, 1.0)
@@ -46,11 +48,11 @@ def calibrate(
 ) -> HeadCalibration:
     """Measure the engine's heads on the model's own answers to `prompts`. Raises `DataError` without answers.
 
-    Greedy answers give accuracies and expected lengths; every temperature gets its own answers for its taus.
-    The dynamic tree's expected lengths use taus fitted on the first half and are measured on the second.
+    Greedy answers give accuracies and expected lengths; each temperature's taus come from answers of its own.
+    Expected lengths of dynamic trees use taus of the first half and are measured on the second.
     """
     if engine.heads is None:
-        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some")
+        raise DataError(NO_HEADS)
     progress("answering greedily")
     greedy = _answers(engine, prompts, settings, GREEDY)
     half = max(1, len(greedy) // 2)
@@ -83,12 +85,12 @@ def calibrate(
 
 
 def destination(heads: str | None, out: Path | None = None) -> Path:
-    """Where `calibration.json` goes: beside the heads, where the engine looks for it, or to `out`.
+    """The directory for `calibration.json`: the heads', where the engine looks for it, or `out`.
 
-    Raises `DataError` if there is no such directory that can be written: ask before calibrating.
+    Raises `DataError` if it cannot be written, so call it before calibrating.
     """
     if heads is None:
-        raise DataError("there are no draft heads to calibrate: give --heads or a model that has some")
+        raise DataError(NO_HEADS)
     path = Path(heads)
     if out is None and not path.exists():
         raise DataError(f"the heads {heads} are not local: give --out, where to write calibration.json")
@@ -120,9 +122,8 @@ def _answers(
 def _fit_taus(engine: Engine, answers: Sequence[Answer]) -> tuple[float, ...]:
     assert engine.heads is not None
     fitter = TauFitter(engine.heads.num_heads)
-    for answer in answers:
-        for observed in observe(engine, answer):
-            fitter.add(observed)
+    for observed in _observations(engine, answers):
+        fitter.add(observed)
     return fitter.taus()
 
 
@@ -135,16 +136,14 @@ def _expected(
         "static": static_meters(heads, counter.accuracies(), TREE_SIZES, device),
         "dynamic": dynamic_meters(heads, taus, TREE_SIZES, device),
     }
-    for answer in answers:
-        for observed in observe(engine, answer):
-            _feed(meters, observed)
+    for observed in _observations(engine, answers):
+        for meter in chain.from_iterable(row.values() for row in meters.values()):
+            meter.add(observed)
     return {kind: {n: meter.mean for n, meter in row.items() if meter.steps} for kind, row in meters.items()}
 
 
-def _feed(meters: dict[str, dict[int, LengthMeter]], observed: Observed) -> None:
-    for row in meters.values():
-        for meter in row.values():
-            meter.add(observed)
+def _observations(engine: Engine, answers: Sequence[Answer]) -> Iterator[Observed]:
+    return chain.from_iterable(observe(engine, answer) for answer in answers)
 
 
 def _with_fastest_tree(engine: Engine, calibration: HeadCalibration) -> HeadCalibration:

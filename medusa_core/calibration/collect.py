@@ -1,4 +1,4 @@
-"""What the heads guessed and what the model said: one teacher-forced pass over its own answers.
+"""Collects what heads predict: the model answers prompts, then one teacher-forced pass over each answer.
 
 Shapes: N positions, K heads, V vocabulary.
 """
@@ -18,12 +18,12 @@ from medusa_core.errors import CapacityError, DataError, RequestError
 from medusa_core.sampling_params import SamplingParams
 
 Messages = Sequence[Mapping[str, str]]
-CHUNK_POSITIONS = 256  # positions whose K x V scores exist at once
+CHUNK_POSITIONS = 256  # positions whose K x V scores are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt and the model's own continuation, with the sampling that made it."""
+    """A prompt, the model's continuation, and the sampling it was drawn with."""
 
     prompt_ids: list[int]
     answer_ids: list[int]
@@ -32,12 +32,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Observed:
-    """A chunk of positions and the tokens that followed.
+    """A chunk of positions of an answer.
 
-    `hidden_NE`: what the heads draft from, `roots_N` the tokens behind, `targets_NK` the tokens the heads
-    should have ranked first (-1: the answer had ended). `scores_NKV`: the heads' scores on the true path, as
+    `hidden_NE`: the heads' input; `roots_N`: the next tokens; `targets_NK`: the tokens after those, which the
+    heads should rank first (-1 beyond the answer's end). `scores_NKV`: the heads' scores on the true path, as
     drafting uses them: coupled with the draw's noise at temperature > 0. `rows_NK`: the targets' rows in
-    them, V where the heads do not know the token. `start`: place of the first position in the answer.
+    `scores_NKV`, V if the heads do not know the token. `start`: the first position's place in the answer.
     """
 
     hidden_NE: Tensor
@@ -49,21 +49,21 @@ class Observed:
 
 
 def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: SamplingParams) -> Iterator[Answer]:
-    """Let the model answer each prompt; those too long for the context are left out."""
+    """The model's answer to each prompt; prompts too long for the context are skipped."""
     for seed, messages in enumerate(prompts):
         seeded = replace(params, seed=params.known_seed + seed)
         try:
             prompt_ids = engine.chat_tokenizer.render(messages)
             outputs = list(engine.steps(prompt_ids, seeded))
         except CapacityError:
-            raise  # the engine is busy with something else
+            raise  # the engine serves other requests
         except RequestError:
             continue
         if outputs[-1].finish_reason is FinishReason.ERROR:
             raise DataError(f"the model fails on a prompt: {outputs[-1].error}")
         tokens = [token for output in outputs for token in output.token_ids]
         if outputs[-1].stop_token_id is not None:
-            # The model decided it, so the heads should have guessed it.
+            # The model decided it, so heads should predict it.
             tokens.append(outputs[-1].stop_token_id)
         if len(tokens) > 1:
             yield Answer(prompt_ids, tokens, seeded)
@@ -71,17 +71,17 @@ def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: Sampling
 
 @torch.inference_mode()
 def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
-    """The heads' scores at every position of the answer from which at least one draft can be judged."""
+    """Observe every position of the answer at which at least one head has a target."""
     if engine.heads is None:
         raise DataError("there are no draft heads to calibrate")
     heads, device = engine.heads, engine.backbone.device
     ids = [*answer.prompt_ids, *answer.answer_ids]
     hidden_SE = heads.contextualise(_hidden_states(engine, ids[:-2])[None])[0]
-    first = len(answer.prompt_ids) - 1  # its hidden state decides the answer's first token, the first root
+    first = len(answer.prompt_ids) - 1  # its hidden state gives the answer's first token, the first root
     padded = torch.tensor([*ids, *[-1] * heads.num_heads], device=device)
     for start in range(first, len(ids) - 2, CHUNK_POSITIONS):
         stop = min(start + CHUNK_POSITIONS, len(ids) - 2)
-        # Behind each position: its root, then the K tokens to guess.
+        # After each position: its root, then the K targets.
         behind = padded[start + 1 : stop + 1 + heads.num_heads].unfold(0, heads.num_heads + 1, 1)
         logits = _true_path_logits(heads, hidden_SE[start:stop], behind.clamp(min=0))
         yield Observed(
@@ -95,7 +95,7 @@ def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
 
 
 def _true_path_logits(heads: DraftHeads, hidden_NE: Tensor, behind_NJ: Tensor) -> Tensor:
-    """Logits [N, K, V], of path-dependent heads after the tokens that really came."""
+    """Logits [N, K, V]; heads that see the path get the tokens of the answer."""
     if not isinstance(heads, SequentialHeads):
         assert isinstance(heads, ParallelHeads)
         return heads.draft_logits(hidden_NE)
@@ -109,7 +109,7 @@ def _true_path_logits(heads: DraftHeads, hidden_NE: Tensor, behind_NJ: Tensor) -
 def _coupled(
     heads: DraftHeads, logits_NKV: Tensor, params: SamplingParams, start: int, vocab_size: int
 ) -> Tensor:
-    """Scores [N, K, V] of the positions from `start` on, each with the noise of the draws behind its root."""
+    """Scores [N, K, V] of the positions from `start` on, each with the noise of the draws after its root."""
     if params.is_greedy:
         return logits_NKV.float()
     count, num_heads = logits_NKV.shape[:2]
@@ -123,7 +123,7 @@ def _coupled(
 
 
 def _rows(heads: DraftHeads, targets_NK: Tensor, vocab_size: int) -> Tensor:
-    """Rows of the heads' logits for token ids; V for tokens they do not know, -1 for -1."""
+    """Rows [N, K] of token ids in the heads' logits; V for tokens they do not know, -1 for -1."""
     token_map = heads.token_map
     if token_map is None:
         return targets_NK.clamp(max=heads.vocab_size)
@@ -133,7 +133,7 @@ def _rows(heads: DraftHeads, targets_NK: Tensor, vocab_size: int) -> Tensor:
 
 
 def _hidden_states(engine: Engine, ids: list[int]) -> Tensor:
-    """Hidden states [S, E] of a whole sequence, through the engine's own prefill in a cache of its own."""
+    """Hidden states [S, E] of a sequence, by the engine's prefill in a separate cache."""
     cache = engine.backbone.new_cache(1, len(ids))
     rows = cache.rows((0,))
     size = engine.config.prefill_chunk

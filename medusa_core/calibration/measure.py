@@ -1,4 +1,4 @@
-"""From observed positions to accuracies, temperatures and expected acceptance lengths.
+"""Computes accuracies, temperatures and expected acceptance lengths from observed positions.
 
 Shapes: N positions, K heads, V vocabulary, R ranks, G grid points.
 """
@@ -15,12 +15,12 @@ from medusa_core.draft.tree import grow_tree
 from medusa_core.engine.acceptance import longest_path
 
 MAX_RANK = 64
-POSITIONS_AT_ONCE = 32  # a large tree of heads that see the path has as many rows of V scores for each
+POSITIONS_AT_ONCE = 32  # path-dependent heads need V scores per node of a large tree at each position
 TAU_GRID = tuple(round(0.4 * 1.12**i, 4) for i in range(20))  # 0.4 .. 3.4
 
 
 class RankCounter:
-    """How often each head's guess of each rank was the model's token; every head has its own denominator."""
+    """Counts how often each head's prediction of each rank was the model's token, of that head's targets."""
 
     def __init__(self, num_heads: int, num_ranks: int) -> None:
         self.hits_KR = torch.zeros(num_heads, num_ranks, dtype=torch.long)
@@ -39,7 +39,7 @@ class RankCounter:
 
 
 class TauFitter:
-    """Per head the tau whose softmax(score / tau) gives the model's tokens the greatest likelihood."""
+    """Fits per head the tau of softmax(score / tau) that maximizes the likelihood of the model's tokens."""
 
     def __init__(self, num_heads: int) -> None:
         self._loss_GK = torch.zeros(len(TAU_GRID), num_heads, dtype=torch.double)
@@ -48,7 +48,7 @@ class TauFitter:
     def add(self, observed: Observed) -> None:
         targets, known = observed.rows_NK.clamp(min=0), observed.rows_NK >= 0
         scores = observed.scores_NKV
-        # A target the heads cannot name (reduced vocabulary) says nothing about tau.
+        # A target outside the heads' reduced vocabulary says nothing about tau.
         known &= targets < scores.shape[-1]
         chosen = scores.gather(-1, targets.clamp(max=scores.shape[-1] - 1)[..., None])[..., 0]
         for place, tau in enumerate(TAU_GRID):
@@ -57,7 +57,7 @@ class TauFitter:
         self._counts_K += known.sum(dim=0).cpu()
 
     def taus(self) -> tuple[float, ...]:
-        """1 for a head of which nothing was seen."""
+        """One per head; 1 if it had no target."""
         best = self._loss_GK.argmin(dim=0).tolist()
         return tuple(
             TAU_GRID[place] if count else 1.0

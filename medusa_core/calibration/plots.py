@@ -1,6 +1,6 @@
-"""Pictures of a calibration, as PNG and SVG: the static tree, accuracy by rank, speedup by tree size.
+"""Plots of a calibration as PNG and SVG: static tree, accuracy by rank, speedup by tree size.
 
-Needs matplotlib (the extra `plot`), and of that only figures: no window, no state between calls.
+Needs matplotlib (the extra `plot`); figures only, so no window and no state between calls.
 """
 
 import math
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_RANKS = 10
-DEFAULT_NODES = 16  # of the tree shown where calibration chose none, or none but the root
+DEFAULT_NODES = 16  # of the tree shown if calibration chose none or only the root
 FORMATS = ("png", "svg")
 DPI = 150
 
 
 def check_matplotlib() -> None:
-    """Raise `ConfigError` if plots cannot be drawn: ask before calibrating."""
+    """Raise `ConfigError` without matplotlib; call it before calibrating."""
     if find_spec("matplotlib") is None:
         raise ConfigError('plots need matplotlib: pip install "medusa-serve[plot]"')
 
@@ -59,7 +59,7 @@ def save_plots(calibration: HeadCalibration, folder: Path) -> list[Path]:
 
 
 def draw_tree(calibration: HeadCalibration) -> "Figure":
-    """The static tree of the chosen size; a node is as large as its path is likely right."""
+    """The static tree of the chosen size; a node's area shows how likely its path is right."""
     tree = shown_tree(calibration)
     places = layout(tree)
     figure, axes = _axes(max(6.0, 0.28 * tree.size), 1.2 + 1.1 * tree.depth)
@@ -83,7 +83,7 @@ def draw_tree(calibration: HeadCalibration) -> "Figure":
 
 
 def draw_accuracy(calibration: HeadCalibration) -> "Figure":
-    """Hit rate of each head's guess by rank, with 95 % intervals where the positions were counted."""
+    """Accuracy of each head by rank, with 95 % intervals if positions were counted."""
     figure, axes = _axes(7.0, 4.5)
     for head, rates in enumerate(calibration.accuracies):
         shown = [(rank, rate) for rank, rate in enumerate(rates[:SHOWN_RANKS], start=1) if rate > 0.0]
@@ -112,7 +112,7 @@ def draw_accuracy(calibration: HeadCalibration) -> "Figure":
 
 
 def draw_speedup(calibration: HeadCalibration) -> "Figure":
-    """Expected speedup by tree size; tokens per step where no step times were measured."""
+    """Expected speedup by tree size; tokens per step without measured step times."""
     seconds = calibration.step_seconds if 1 in calibration.step_seconds else {}
     figure, axes = _axes(7.0, 4.5)
     for kind, lengths in expected_lengths(calibration).items():
@@ -139,7 +139,7 @@ def shown_tree(calibration: HeadCalibration) -> Tree:
 
 
 def expected_lengths(calibration: HeadCalibration) -> Mapping[str, Mapping[int, float]]:
-    """Tokens per step by kind of tree and size: measured, or estimated where nothing was."""
+    """Tokens per step by kind of tree and size: measured, else estimated from the accuracies."""
     measured = {f"{kind} tree": row for kind, row in calibration.expected.items() if row}
     if measured:
         return measured

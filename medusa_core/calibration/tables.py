@@ -1,4 +1,4 @@
-"""Accuracy tables of the Medusa repository as a `HeadCalibration`: heads that others measured.
+"""Reads the Medusa repository's accuracy tables as a `HeadCalibration`.
 
 Three kinds are told apart by their content:
 
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from medusa_core.checkpoints.weight_files import UNPICKLING_FAILURES
 from medusa_core.draft.accuracy import HeadCalibration
-from medusa_core.errors import DataError
+from medusa_core.errors import DataError, first_line
 
 RUN_COLUMN = re.compile(r"(?:^|/)medusa(\d+)_top(\d+)$")
 HEAD_COLUMN = re.compile(r"top(\d+)$")
@@ -46,8 +46,7 @@ def read_accuracy_table(path: Path, run: str | None = None) -> HeadCalibration:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error, *UNPICKLING_FAILURES) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(f"cannot read the accuracy table {path}: {reason}") from error
+        raise DataError(f"cannot read the accuracy table {path}: {first_line(error)}") from error
     if not rows:
         raise DataError(f"the accuracy table {path} has no rows")
     if any(RUN_COLUMN.search(name or "") for name in rows[0]):
@@ -119,7 +118,7 @@ def _choose(path: Path, rows: Sequence[Row], run: str | None) -> Row:
 
 
 def _increments(path: Path, head: int, tops: Mapping[int, float]) -> tuple[float, ...]:
-    """Accuracy of each rank from the shares of positions at which the token was among the best r guesses."""
+    """Accuracy of each rank from cumulative top-r accuracies."""
     if not tops or sorted(tops) != list(range(1, len(tops) + 1)):
         raise DataError(f"{path}: head {head} needs top1, top2, ... without a gap, and has {sorted(tops)}")
     values = [0.0, *(tops[rank] for rank in sorted(tops))]

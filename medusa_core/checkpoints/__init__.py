@@ -1,4 +1,4 @@
-"""Draft heads on disk: every published layout read, one a kind written, others exported.
+"""Reads and writes draft heads on disk, in every published layout.
 
     A  medusa_lm_head.{safetensors,pt} with an output layer per head      (FasterDecoding v0.1; what we write)
     B  the same file without output layers: the heads share the backbone's  ("version 2")
@@ -8,24 +8,19 @@
     F  hydra_lm_head.{safetensors,pt}: Hydra and Hydra++ heads             (what we write for them)
 
 Heads and layers are counted from the keys; config.json is advisory, since the published ones are wrong.
-Nothing is ever unpickled but tensors, and every problem is a `CheckpointError` that names the file and the
-keys or numbers.
+Only tensors are ever unpickled. Every problem is a `CheckpointError` that names the file and the keys.
 """
 
-from medusa_core.checkpoints.formats import HEAD_PREFIX
 from medusa_core.checkpoints.full_model import save_full_model
-from medusa_core.checkpoints.head_files import SETS, fetch_beside, find_heads, head_keys
+from medusa_core.checkpoints.head_files import fetch_beside, find_heads
 from medusa_core.checkpoints.reading import load_heads
 from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.checkpoints.writing import save_heads
 
 __all__ = [
-    "HEAD_PREFIX",
-    "SETS",
     "describe_files",
     "fetch_beside",
     "find_heads",
-    "head_keys",
     "load_heads",
     "save_full_model",
     "save_heads",

@@ -1,58 +1,21 @@
-"""Heads as other servers load them. What a target cannot express is refused, not dropped."""
+"""Exports heads to other layouts. What a target cannot express is refused, not dropped."""
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoConfig
 
-from medusa_core.checkpoints.formats import HEAD_PREFIX, TOKEN_MAP, VLLM, HeadLayout
+from medusa_core.checkpoints.conversion import Base, Conversion, read_base
 from medusa_core.checkpoints.head_files import HeadFile, fetch_beside, read_heads
+from medusa_core.checkpoints.keys import HEAD_PREFIX
 from medusa_core.checkpoints.reading import parse_weights, with_backbone_output
-from medusa_core.checkpoints.weight_files import Repository, model_keys, read_tensors
-from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, MedusaWeights
-from medusa_core.checkpoints.writing import write_files, write_weights
+from medusa_core.checkpoints.vllm import export_vllm
+from medusa_core.checkpoints.weights import HeadWeights, Linear, MedusaWeights
+from medusa_core.checkpoints.writing import write_weights
+from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.errors import CheckpointError
-from medusa_core.model.backbone import LOADING_FAILURES
-
-VLLM_FILE = "model.safetensors"
-VLLM_DEFAULTS = {"max_paths": 64, "topk": 10}
-CALIBRATION_FILE = "calibration.json"
-OUTPUT_KEYS = ("lm_head.weight", "embed_out.weight", "output.weight")
-EMBEDDING_SUFFIXES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")  # of models with tied ones
-
-
-@dataclass(frozen=True, slots=True)
-class Base:
-    """What a conversion may need of the backbone: `lm_head_weight` [V, E], padding rows included."""
-
-    name: str
-    hidden_size: int
-    lm_head_weight: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """Checked heads on their way to another layout. `base_name`: the backbone's, if anything tells it."""
-
-    file: HeadFile
-    weights: HeadWeights
-    base: Base | None
-    base_name: str | None
-
-    @property
-    def lm_head_weight(self) -> Tensor | None:
-        return None if self.base is None else self.base.lm_head_weight
-
-    def medusa_weights(self, target: str) -> MedusaWeights:
-        """Raises `CheckpointError` for Hydra heads, which only this project and its reference can run."""
-        if isinstance(self.weights, HydraWeights):
-            raise CheckpointError(f"{self.file.source} holds Hydra heads, which {target} cannot run")
-        return self.weights
 
 
 def convert_heads(
@@ -83,36 +46,12 @@ def convert_heads(
     return written
 
 
-def read_base(model: str | Path) -> Base:
-    """Hidden size and output layer of a backbone, without its other weights. Raises `CheckpointError`."""
-    try:
-        config = AutoConfig.from_pretrained(str(model), trust_remote_code=False).get_text_config()
-        hidden_size = int(config.hidden_size)
-    except LOADING_FAILURES as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"cannot read the config of {model}: {reason}") from error
-    repository = Repository.at(model)
-    keys = model_keys(repository)
-    own = [key for key in OUTPUT_KEYS if key in keys]
-    tied = [key for key in keys if key.endswith(EMBEDDING_SUFFIXES)]
-    if not own and len(tied) != 1:
-        raise CheckpointError(f"{model} has no output layer under a known name ({', '.join(OUTPUT_KEYS)})")
-    key = (own or tied)[0]
-    shard = repository.fetch(keys[key])
-    if shard is None:
-        raise CheckpointError(f"{model} lacks {keys[key]}, which its index names")
-    weight = read_tensors(shard, lambda name: name == key).get(key)
-    if weight is None or weight.ndim != 2 or weight.shape[1] != hidden_size:
-        raise CheckpointError(f"{model}: {key} is not an output layer for hidden size {hidden_size}")
-    return Base(str(model), hidden_size, weight)
-
-
 def export_safetensors(conversion: Conversion, out: Path) -> HeadWeights:
-    """Our own layout, which is A, B or F as safetensors."""
+    """Our own layouts: A, B or F as safetensors."""
     weights = conversion.weights
     if isinstance(weights, MedusaWeights):
         weights = with_backbone_output(weights, conversion.lm_head_weight)
-    write_weights(weights, out, base_model=conversion.base_name, vocab_size=_rows(conversion))
+    write_weights(weights, out, base_model=conversion.base_name, vocab_size=conversion.rows)
     return weights
 
 
@@ -130,45 +69,9 @@ def export_tgi(conversion: Conversion, out: Path) -> HeadWeights:
                 f"{source}: TGI takes shared output layers for heads of one layer only, these have "
                 f"{weights.num_layers}: with --model, they get output layers of their own"
             )
-        weights = replace(weights, outputs=(conversion.base.lm_head_weight,) * weights.num_heads)
-    write_weights(weights, out, base_model=conversion.base_name, vocab_size=_rows(conversion))
-    return weights
-
-
-def export_vllm(conversion: Conversion, out: Path) -> HeadWeights:
-    """Layout D with the config vLLM's `MedusaConfig` reads."""
-    weights = conversion.medusa_weights("vLLM")
-    vocab_size = _whole_vocabulary(conversion)
-    if weights.token_map is not None and len(weights.token_map) == vocab_size:
-        # vLLM ignores a map that does not shorten the vocabulary.
-        order = weights.token_map.argsort()
-        weights = MedusaWeights(weights.blocks, tuple(output[order] for output in weights.outputs))
-    if not weights.outputs:
-        weights = replace(weights, outputs=(_shared_rows(conversion, weights),))
-    layout = HeadLayout(
-        naming=VLLM,
-        num_heads=weights.num_heads,
-        num_layers=weights.num_layers,
-        num_outputs=len(weights.outputs),
-        has_bias=weights.blocks[0][0].bias is not None,
-    )
-    config: dict[str, Any] = {
-        "architectures": ["MedusaModel"],
-        "model_type": "medusa",
-        "hidden_size": weights.hidden_size,
-        "vocab_size": vocab_size,
-        # Its loader takes every key with "num" and "heads" or "layers" in it for these two.
-        "num_heads": weights.num_heads,
-        "num_hidden_layers": weights.num_layers,
-        **VLLM_DEFAULTS,
-        "truncated_vocab_size": None if weights.token_map is None else len(weights.token_map),
-        "original_lm_head": len(weights.outputs) < weights.num_heads,
-        "medusa_fc_bias": layout.has_bias,
-        "torch_dtype": str(weights.outputs[0].dtype).removeprefix("torch."),
-    }
-    if conversion.base_name is not None:
-        config["base_model_name_or_path"] = conversion.base_name
-    write_files(out, VLLM_FILE, _vllm_tensors(weights, layout), config)
+        output = Linear(conversion.base.lm_head_weight)
+        weights = replace(weights, outputs=(output,) * weights.num_heads)
+    write_weights(weights, out, base_model=conversion.base_name, vocab_size=conversion.rows)
     return weights
 
 
@@ -177,55 +80,6 @@ EXPORTERS: dict[str, Callable[[Conversion, Path], HeadWeights]] = {
     "vllm": export_vllm,
     "safetensors": export_safetensors,
 }
-
-
-def _vllm_tensors(weights: MedusaWeights, layout: HeadLayout) -> dict[str, Tensor]:
-    tensors = {}
-    for head, blocks in enumerate(weights.blocks):
-        for layer, block in enumerate(blocks):
-            tensors[layout.block_key(head, layer, "weight")] = block.weight
-            if block.bias is not None:
-                tensors[layout.block_key(head, layer, "bias")] = block.bias
-    tensors |= {layout.output_key(head): output for head, output in enumerate(weights.outputs)}
-    if weights.token_map is not None:
-        tensors[TOKEN_MAP] = weights.token_map
-    return tensors
-
-
-def _shared_rows(conversion: Conversion, weights: MedusaWeights) -> Tensor:
-    """The backbone's output rows for the heads that share them."""
-    if conversion.base is None:
-        raise CheckpointError(
-            f"{conversion.file.source} shares the backbone's output layer, which vLLM's layout holds a copy "
-            "of: give --model"
-        )
-    weight = conversion.base.lm_head_weight
-    rows = weight if weights.token_map is None else weight[weights.token_map]
-    return rows.to(weights.blocks[0][0].weight.dtype)
-
-
-def _whole_vocabulary(conversion: Conversion) -> int:
-    """The vocabulary of the target model, which vLLM wants beside the rows of a shortened one."""
-    weights, config = conversion.weights, conversion.file.config
-    if weights.token_map is None:
-        return int(weights.rows or _rows(conversion) or 0)
-    if conversion.base is not None:
-        return len(conversion.base.lm_head_weight)
-    if config.get("truncated_vocab_size") == len(weights.token_map) and isinstance(
-        config.get("vocab_size"), int
-    ):
-        return int(config["vocab_size"])
-    raise CheckpointError(
-        f"{conversion.file.source} has a token map; vLLM must know the whole vocabulary: give --model"
-    )
-
-
-def _rows(conversion: Conversion) -> int | None:
-    """Output rows, with those of the backbone where the heads share its output layer."""
-    weights = conversion.weights
-    if weights.rows is None and conversion.base is not None:
-        return len(conversion.base.lm_head_weight)
-    return weights.rows
 
 
 def _check_fits(source: str, weights: HeadWeights, base: Base) -> None:

@@ -1,12 +1,13 @@
-"""Format C: a whole model's directory whose weights include its heads, as jointly trained ones come."""
+"""Writes layout C: a whole model whose weight files include its heads, for jointly trained ones."""
 
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_core.checkpoints.formats import HEAD_PREFIX
+from medusa_core.checkpoints.keys import IN_MODEL
+from medusa_core.checkpoints.parameters import medusa_weights
 from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
-from medusa_core.checkpoints.writing import medusa_tensors, medusa_weights, write_json
+from medusa_core.checkpoints.writing import medusa_tensors, write_json
 from medusa_core.draft.medusa import MedusaHeads
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -30,7 +31,7 @@ def save_full_model(
     folder = Path(directory)
     head_tensors = {
         key: tensor.detach().clone()
-        for key, tensor in medusa_tensors(medusa_weights(heads), prefix=HEAD_PREFIX).items()
+        for key, tensor in medusa_tensors(medusa_weights(heads), IN_MODEL).items()
     }
     model.save_pretrained(
         folder, state_dict=dict(model.state_dict()) | head_tensors, max_shard_size=max_shard_size
@@ -46,7 +47,7 @@ def save_full_model(
 
 
 def _remove_stale(folder: Path) -> None:
-    """What an earlier save of another size left: transformers removes old shards, but not these."""
+    """Remove an earlier save's single file or index: transformers removes old shards, but not these."""
     name = MODEL_FILES[0]
     is_sharded = any(folder.glob("model-*-of-*.safetensors"))
     (folder / (name if is_sharded else name + INDEX_SUFFIX)).unlink(missing_ok=True)

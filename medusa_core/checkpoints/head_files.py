@@ -1,4 +1,4 @@
-"""From a name to the tensors of its heads: which files hold any, of which kind, and what config.json adds."""
+"""Finds the files of draft heads in a directory, a model or a Hub repository, and reads their tensors."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,13 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from medusa_core.checkpoints.formats import (
-    HEAD_PREFIX,
-    MODELOPT_PREFIX,
-    is_vllm_key,
-    without_optional_prefix,
-)
-from medusa_core.checkpoints.hydra_format import is_hydra
+from medusa_core.checkpoints.hydra_keys import is_hydra
+from medusa_core.checkpoints.keys import HEAD_PREFIX, MODELOPT_PREFIX, is_vllm_key
+from medusa_core.checkpoints.medusa_format import without_optional_prefix
 from medusa_core.checkpoints.weight_files import Repository, model_keys, read_json, read_tensors
 from medusa_core.errors import CheckpointError
 
@@ -40,7 +36,7 @@ class HeadFile:
 
 
 def find_heads(model_dir: Path) -> Path | None:
-    """Where the heads beside a local model are: the first of `SETS` there is, or itself if it holds any."""
+    """The heads of a local model: the first of the folders `SETS` beside it, or its own; None without any."""
     for folder in (*(model_dir / name for name in SETS), model_dir):
         if folder.is_dir() and holds_heads(folder):
             return folder
@@ -48,15 +44,10 @@ def find_heads(model_dir: Path) -> Path | None:
 
 
 def holds_heads(folder: Path) -> bool:
-    """Whether any layout's files or keys are there; they are not judged."""
+    """Whether any layout's files or keys are there, unchecked."""
     if any((folder / name).is_file() for name in (*HYDRA_FILES, *HEAD_FILES)):
         return True
     return bool(_heads_among(model_keys(Repository.at(folder))))
-
-
-def head_keys(model_dir: str | Path) -> list[str]:
-    """The keys of heads among a model's weights (formats C and E), which its backbone must ignore."""
-    return [key for key in model_keys(Repository.at(model_dir)) if key.startswith(MODEL_PREFIXES)]
 
 
 def read_heads(path: str | Path) -> HeadFile:
@@ -82,7 +73,7 @@ def fetch_beside(path: str | Path, filename: str) -> Path | None:
 
 
 def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
-    """The file of heads only. Of two kinds in one place, that which config.json is about."""
+    """The file of heads alone. Of two kinds in one folder, the one that config.json describes."""
     kinds = [_first(repository, names) for names in (HYDRA_FILES, HEAD_FILES)]
     found = [path for path in kinds if path is not None]
     if len(found) < 2:
@@ -96,15 +87,11 @@ def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
 
 
 def _first(repository: Repository, names: tuple[str, ...]) -> Path | None:
-    for name in names:
-        path = repository.fetch(name)
-        if path is not None:
-            return path
-    return None
+    return next((path for path in map(repository.fetch, names) if path is not None), None)
 
 
 def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
-    """Heads in a model's files: D alone, C and E among its weights, of which only their shards are read."""
+    """Heads in a model's files: D, or C and E among its weights; shards without heads are not read."""
     places = _heads_among(model_keys(repository))
     if not places:
         raise CheckpointError(
@@ -124,9 +111,9 @@ def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
 
 
 def _heads_among(keys: dict[str, str]) -> dict[str, str]:
-    """Those of a model's keys, with their files, that belong to heads."""
+    """A model's keys, with their files, that belong to heads."""
     if any(is_vllm_key(key) for key in keys):
-        return keys  # such files hold nothing else, and what else they hold must be refused
+        return keys  # such files hold nothing else; any other key must be refused
     for prefix in MODEL_PREFIXES:
         mine = {key: file for key, file in keys.items() if key.startswith(prefix)}
         if mine:

@@ -1,10 +1,11 @@
-"""Where the bytes are: folders, the Hub, safetensors, `.pt` and sharded `.bin`. Knows nothing of heads."""
+"""Weight files in folders and on the Hub: safetensors, `.pt` and `.bin`, sharded or not."""
 
+import contextlib
 import json
 import pickle  # for the name of an error alone  # nosec B403
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medusa_core.errors import CheckpointError
+from medusa_core.errors import CheckpointError, first_line
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # each before its index, as transformers chooses
 INDEX_SUFFIX = ".index.json"
@@ -30,7 +31,7 @@ KeyFilter = Callable[[str], bool]
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A local folder or a Hub repository; files of the latter are downloaded one by one when asked for."""
+    """A local folder or a Hub repository, whose files are downloaded one by one when fetched."""
 
     name: str
     folder: Path | None
@@ -46,7 +47,7 @@ class Repository:
         return cls(str(name), None)
 
     def fetch(self, filename: str) -> Path | None:
-        """The file's local path, or None where the repository has no such file."""
+        """The file's local path, or None if the repository has no such file."""
         folder = self.folder
         if folder is None:
             try:
@@ -54,9 +55,8 @@ class Repository:
                 # missing file differs from a missing network, and goes on from the cache without one.
                 folder = Path(snapshot_download(self.name, allow_patterns=[filename, "config.json"]))
             except (HfHubHTTPError, HFValidationError, OSError) as error:
-                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
                 raise CheckpointError(
-                    f"{self.name} is no directory, and no Hub download: {reason}"
+                    f"{self.name} is no directory, and no Hub download: {first_line(error)}"
                 ) from error
         path = folder / filename
         return path if path.is_file() else None
@@ -75,17 +75,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
     """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU, else `CheckpointError`."""
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+    if path.suffix != ".safetensors":
         return {key: value for key, value in _unpickle(path).items() if wanted(key)}
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
+    with _safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
 
 
 def model_keys(repository: Repository) -> dict[str, str]:
-    """Every key of a whole model's weights and the file that holds it; empty where there is no model."""
+    """Every key of a model's weights and the file that holds it; empty without a model."""
     for name in MODEL_FILES:
         path = repository.fetch(name)
         if path is not None:
@@ -104,7 +101,7 @@ def model_keys(repository: Repository) -> dict[str, str]:
 
 
 def describe_files(model: str | Path) -> str:
-    """How much there is to read of a model's weights, in a few words."""
+    """Size and number of a model's weight files, for the log."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
         config = try_to_load_from_cache(str(model), "config.json")
@@ -125,11 +122,17 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _file_keys(path: Path) -> list[str]:
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return list(file.keys())
+    if path.suffix != ".safetensors":
         return list(_unpickle(path))
+    with _safetensors(path) as file:
+        return list(file.keys())
+
+
+@contextlib.contextmanager
+def _safetensors(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
@@ -139,9 +142,10 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
     try:
         # The restricted unpickler refuses everything but tensors and plain containers: no code runs.
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
     except UNPICKLING_FAILURES as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"cannot read {path} as plain tensors: {reason[0]}") from error
+        raise CheckpointError(f"cannot read {path} as plain tensors: {first_line(error)}") from error
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
         raise CheckpointError(f"{path} is not a dictionary of named tensors")
     return state

@@ -1,17 +1,12 @@
-"""What a head file says, as plain tensors: between every reader and every writer.
+"""The tensors of a set of heads in plain dataclasses, between every reader and every writer.
 
 Shapes: K heads, L layers, E hidden size, V output rows.
 """
 
 from dataclasses import dataclass
+from itertools import chain
 
-import torch
 from torch import Tensor
-
-from medusa_core.errors import CheckpointError
-
-FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.uint8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +14,24 @@ class Linear:
     """A weight [out, in] and its bias [out], if it has one."""
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class MedusaWeights:
-    """K heads: `blocks[k][l]` [E, E], and output layers without bias.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """K heads: blocks, then output layers [V, E], none if they share the backbone's.
 
-    `outputs` [V, E]: one a head, one for all of them, or none where the backbone's is meant. `token_map` [V]:
-    the token ids of the output rows, int64; None: rows and ids are the same.
+    `token_map` [V]: token ids of the output rows, int64; None if rows and ids are the same.
     """
 
     blocks: tuple[tuple[Linear, ...], ...]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Linear, ...]
     token_map: Tensor | None = None
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear layer, in an order that depends on the kind of heads alone."""
+        return (*chain.from_iterable(self.blocks), *self.outputs)
 
     @property
     def num_heads(self) -> int:
@@ -44,95 +43,40 @@ class MedusaWeights:
 
     @property
     def hidden_size(self) -> int:
-        return int(self.blocks[0][0].weight.shape[0])
+        return len(self.linears[0].weight)
 
     @property
     def rows(self) -> int | None:
-        """V, or None where only the backbone knows."""
-        return _rows(self.outputs, self.token_map)
+        """V; None if only the backbone determines it."""
+        if self.token_map is not None:
+            return len(self.token_map)
+        return len(self.outputs[0].weight) if self.outputs else None
 
 
-@dataclass(frozen=True, slots=True)
-class HydraWeights:
-    """K Hydra heads: first blocks `linear` and `residual` of head k [E, (k+2)E], `blocks[k]` of L - 1 [E, E].
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MedusaWeights(_Weights):
+    """Medusa heads: `blocks[k][l]` [E, E]; `outputs` without bias, one a head or one for all heads."""
 
-    `outputs[k]` [V, E] have a bias; none where the backbone's output layer is meant. `prefix`: the prefix
-    layer's weights under the names of a Llama stack (`layers.0.…`, `norm.weight`); None without one.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HydraWeights(_Weights):
+    """Hydra heads: first blocks `linear` and `residual` of head k [E, (k+2)E], `blocks[k]` of L - 1 [E, E].
+
+    `outputs`, one a head, have a bias. `prefix`: the prefix layer's weights under the names of a Llama stack
+    (`layers.0.…`, `norm.weight`); None without one.
     """
 
     linear: tuple[Linear, ...]
     residual: tuple[Linear, ...]
-    blocks: tuple[tuple[Linear, ...], ...]
-    outputs: tuple[Linear, ...]
     prefix: dict[str, Tensor] | None
-    token_map: Tensor | None = None
 
     @property
-    def num_heads(self) -> int:
-        return len(self.linear)
+    def linears(self) -> tuple[Linear, ...]:
+        return (*self.linear, *self.residual, *chain.from_iterable(self.blocks), *self.outputs)
 
     @property
     def num_layers(self) -> int:
         return 1 + len(self.blocks[0])
 
-    @property
-    def hidden_size(self) -> int:
-        return int(self.linear[0].weight.shape[0])
-
-    @property
-    def rows(self) -> int | None:
-        """V, or None where only the backbone knows."""
-        return _rows(tuple(output.weight for output in self.outputs), self.token_map)
-
 
 HeadWeights = MedusaWeights | HydraWeights
-
-
-def _rows(outputs: tuple[Tensor, ...], token_map: Tensor | None) -> int | None:
-    if token_map is not None:
-        return len(token_map)
-    return len(outputs[0]) if outputs else None
-
-
-def check_dense(source: str, key: str, tensor: object) -> Tensor:
-    """The tensor, if it is one that lies in memory row by row, else `CheckpointError`."""
-    if (
-        not isinstance(tensor, Tensor)
-        or tensor.layout != torch.strided
-        or tensor.is_nested
-        or tensor.is_meta
-        or tensor.is_quantized
-    ):
-        raise CheckpointError(f"{source}: {key} is not a dense tensor")
-    return tensor
-
-
-def check_float(source: str, key: str, tensor: object) -> Tensor:
-    """The tensor, if it is dense and of a float type of at least 16 bits, else `CheckpointError`."""
-    dense = check_dense(source, key, tensor)
-    if dense.dtype not in FLOAT_DTYPES:
-        raise CheckpointError(f"{source}: {key} is {dense.dtype}, not a float type of 16 bits or more")
-    return dense
-
-
-def check_shape(source: str, key: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raises `CheckpointError` naming key and both shapes."""
-    if tuple(tensor.shape) != expected:
-        raise CheckpointError(f"{source}: {key} has shape {list(tensor.shape)}, expected {list(expected)}")
-
-
-def check_token_map(source: str, key: str, tensor: object) -> Tensor:
-    """A map from output rows to token ids as int64 [V], else `CheckpointError`: integers, each id once."""
-    ids = check_dense(source, key, tensor)
-    if ids.dtype not in INTEGER_DTYPES:
-        raise CheckpointError(f"{source}: {key} is {ids.dtype}, not an integer type")
-    if ids.ndim != 1 or not len(ids):
-        raise CheckpointError(f"{source}: {key} has shape {list(ids.shape)}, expected one token id per row")
-    ids = ids.long()
-    if int(ids.min()) < 0:
-        raise CheckpointError(f"{source}: {key} holds {int(ids.min())}, which is no token id")
-    unique, counts = ids.unique(return_counts=True)
-    if len(unique) < len(ids):
-        repeated = int(unique[counts.argmax()])
-        raise CheckpointError(f"{source}: {key} names token {repeated} {int(counts.max())} times")
-    return ids

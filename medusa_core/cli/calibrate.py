@@ -112,7 +112,7 @@ def _from_table(file: Path, options: CalibrateOptions, model: ModelOptions) -> "
     from medusa_core.checkpoints.head_files import read_heads
     from medusa_core.checkpoints.reading import parse_weights
     from medusa_core.draft.accuracy import save_calibration
-    from medusa_core.loading.loader import heads_source
+    from medusa_core.loading.heads import heads_source
 
     target = _destination(model, options.out)
     heads = heads_source(model.model, model.heads)
@@ -141,7 +141,7 @@ def _stored(model: ModelOptions, out: Path | None) -> "HeadCalibration":
 def _destination(model: ModelOptions, out: Path | None) -> Path:
     """Where an engine of these would keep its calibration."""
     from medusa_core.calibration.calibrate import destination
-    from medusa_core.loading.loader import heads_source
+    from medusa_core.loading.heads import heads_source
 
     source = heads_source(model.model, model.heads)
     return destination(None if source is None else str(source), out)

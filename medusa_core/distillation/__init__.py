@@ -1,1 +1,1 @@
-"""Training text from the model itself: the users of seed dialogues, answered by the model."""
+"""Distillation data: users' turns of seed dialogues, answered by the model itself."""

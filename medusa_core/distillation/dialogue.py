@@ -1,4 +1,4 @@
-"""One dialogue asked again: every user turn in order, each answer part of what the next one sees."""
+"""Re-asks one dialogue: every user turn in order, with the new answers as context."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ SEED_MASK = 2**63 - 1  # OpenAI's seed is a signed 64-bit number
 
 @dataclass(frozen=True, slots=True)
 class Reasked:
-    """`messages` end with a complete answer, or are empty. `cut` says why turns are missing, if any are."""
+    """`messages` end with a complete answer, or are empty. `cut`: why turns are missing, None if none are."""
 
     messages: tuple[Message, ...]
     answers: int
@@ -24,8 +24,8 @@ class Reasked:
 async def reask(dialogue: SeedDialogue, answerer: Answerer, settings: DistillSettings) -> Reasked:
     """Multi-turn re-asking (Medusa paper §2.3.2), up to the first answer the model does not end itself.
 
-    That answer, what it answers and all behind it are left out: heads must not learn to go on where the
-    model was cut off. An empty answer ends the dialogue too. Raises what the answerer raises.
+    That answer, its question and all that follows are left out: heads must not learn to go on where the model
+    was cut off. An empty answer ends the dialogue too. Raises what the answerer raises.
     """
     messages: tuple[Message, ...] = ()
     tokens = 0
@@ -42,6 +42,6 @@ async def reask(dialogue: SeedDialogue, answerer: Answerer, settings: DistillSet
 
 
 def answer_seed(seed: int, row: int, turn: int) -> int:
-    """63 bits that depend on run, row and turn alone: neither order nor a resumed run changes an answer."""
+    """63 bits from run, row and turn alone, so that order and resuming do not change an answer."""
     digest = hashlib.blake2b(f"{seed}/{row}/{turn}".encode(), digest_size=SEED_BYTES).digest()
     return int.from_bytes(digest) & SEED_MASK

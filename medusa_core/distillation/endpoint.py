@@ -1,4 +1,4 @@
-"""Answers from any server that speaks OpenAI's chat completions, over HTTP."""
+"""Answers from an OpenAI-compatible server, with retries."""
 
 import asyncio
 import logging
@@ -14,17 +14,17 @@ from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError
 
 RETRIED = frozenset({408, 409, 425, 429})  # and all from 500 on
-HOPELESS = frozenset({401, 403, 404})  # key, permission, address or model name: no other row fares better
+HOPELESS = frozenset({401, 403, 404})  # key, permission, address or model name: every row would fail
 COMPLETE = frozenset({"stop", "eos_token", "stop_sequence"})  # OpenAI's; TGI's own names
 LONGEST_BACKOFF = 60.0
 LONGEST_RETRY_AFTER = 600.0
 SHOWN_CHARACTERS = 200
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class _RetryError(Exception):
-    """Worth another attempt, after `delay` seconds if the server named any."""
+    """A failure worth retrying, after `delay` seconds if the server named them."""
 
     def __init__(self, reason: str, delay: float | None = None) -> None:
         super().__init__(reason)
@@ -32,7 +32,7 @@ class _RetryError(Exception):
 
 
 class EndpointAnswerer:
-    """Asks through one connection pool, which the caller closes."""
+    """Asks a server through the caller's connection pool."""
 
     def __init__(
         self, client: httpx.AsyncClient, endpoint: EndpointSettings, settings: DistillSettings
@@ -55,7 +55,7 @@ class EndpointAnswerer:
                 reason, delay = str(error), error.delay
             if attempt + 1 < self._endpoint.attempts:
                 seconds = self._wait(attempt, delay)
-                log.debug("%s; again in %.1f s", reason, seconds)
+                logger.debug("%s; again in %.1f s", reason, seconds)
                 await asyncio.sleep(seconds)
         raise RowError(f"{reason} ({self._endpoint.attempts} attempts)")
 
@@ -76,7 +76,7 @@ class EndpointAnswerer:
         raise RowError(reason)
 
     def _wait(self, attempt: int, asked: float | None) -> float:
-        """Exponential with jitter, so that requests refused together do not come back together."""
+        """Seconds to wait: exponential, with jitter so that requests refused together spread out."""
         longest = min(LONGEST_BACKOFF, self._endpoint.retry_delay * 2.0**attempt)
         seconds = longest * random.uniform(0.5, 1.0)  # jitter is no secret  # nosec B311
         if asked is None:
@@ -87,7 +87,7 @@ class EndpointAnswerer:
 
 
 def open_client(endpoint: EndpointSettings, concurrency: int) -> httpx.AsyncClient:
-    """A client whose relative addresses are the endpoint's. Raises `ConfigError` for a bad one."""
+    """A client with the endpoint as base URL. Raises `ConfigError` if that is invalid."""
     headers = {"authorization": f"Bearer {endpoint.api_key}"} if endpoint.api_key else {}
     limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
     try:
@@ -99,7 +99,7 @@ def open_client(endpoint: EndpointSettings, concurrency: int) -> httpx.AsyncClie
 
 
 def retry_after(value: str | None) -> float | None:
-    """Seconds of a Retry-After header (number or HTTP date, RFC 9110 §10.2.3); None if it has none."""
+    """Seconds of a Retry-After header (number or HTTP date, RFC 9110 §10.2.3); None if unreadable."""
     if value is None:
         return None
     try:
@@ -130,20 +130,20 @@ def _reply(response: httpx.Response) -> Reply:
 
 
 def _reason(response: httpx.Response) -> str:
-    """Status and the server's own words, in one line."""
+    """Status and the server's message, in one line."""
     message: Any = response.text
     try:
         data = response.json()
         error = data.get("error", data)
         message = error if isinstance(error, str) else error.get("message", message)
     except (ValueError, AttributeError, RecursionError):
-        pass  # no JSON: the plain text is all there is
+        pass  # no JSON: use the plain text
     words = " ".join(str(message).split())[:SHOWN_CHARACTERS]
     return f"HTTP {response.status_code}: {words}" if words else f"HTTP {response.status_code}"
 
 
 def _is_too_long(response: httpx.Response) -> bool:
-    """Whether the conversation has outgrown the context, which OpenAI and vLLM tell with a 400."""
+    """Whether the conversation is longer than the context: a 400 from OpenAI and vLLM."""
     if response.status_code not in (400, 413, 422):
         return False
     text = response.text.lower()

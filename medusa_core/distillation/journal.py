@@ -1,10 +1,11 @@
-"""What a run has finished, on disk: rows and drops, and the settings they were made with.
+"""The journal of a distillation run on disk, from which a killed run resumes.
 
 Three files: OUT with a dialogue a line (`messages` for `medusa train`, and `seed_row`), OUT.dropped.jsonl
-with the seed rows that gave none, OUT.settings.json. The first two only grow, a line at a time and each seed
-row in one of them, so whatever kills a run costs it no more than the dialogues in progress.
+with the seed rows that gave none, OUT.settings.json. The first two are append-only, with each seed row in one
+of them, so a killed run loses only the dialogues in progress.
 """
 
+import contextlib
 import fcntl
 import json
 import os
@@ -21,25 +22,19 @@ Record = Mapping[str, Any]
 class Journal:
     """Opens or resumes `out`; a context manager. One process at a time may hold it.
 
-    Raises `ConfigError` if `out` was begun with another `record` or is no such file, `DataError` if it is
-    damaged, cannot be written or another run holds it.
+    Raises `ConfigError` if `out` was begun with another `record` of settings or by something else,
+    `DataError` if it is damaged, cannot be written or is in use by another run.
     """
 
     def __init__(self, out: Path, record: Record) -> None:
         self.done: set[int] = set()  # seed rows that need no more work
         self._settings = out.with_name(f"{out.name}.settings.json")
-        self._rows = _open(out)
-        try:
+        with contextlib.ExitStack() as opened:
+            self._rows = opened.enter_context(_open(out))
             _lock(self._rows, out)
-            self._dropped = _open(out.with_name(f"{out.name}.dropped.jsonl"))
-            try:
-                self._resume(out, record)
-            except BaseException:
-                self._dropped.close()
-                raise
-        except BaseException:
-            self._rows.close()
-            raise
+            self._dropped = opened.enter_context(_open(out.with_name(f"{out.name}.dropped.jsonl")))
+            self._resume(out, record)
+            opened.pop_all()  # closed by `__exit__` from here on
 
     def __enter__(self) -> Self:
         return self
@@ -52,12 +47,12 @@ class Journal:
             file.close()
 
     def add(self, row: int, messages: Sequence[Mapping[str, str]]) -> None:
-        """A finished dialogue."""
+        """Record a finished dialogue."""
         _append(self._rows, {"seed_row": row, "messages": list(messages)})
         self.done.add(row)
 
     def drop(self, row: int, reason: str) -> None:
-        """A seed row that gave no dialogue and never will with these settings."""
+        """Record a seed row that gives no dialogue with these settings."""
         _append(self._dropped, {"seed_row": row, "reason": reason})
         self.done.add(row)
 
@@ -76,7 +71,7 @@ class Journal:
 def _open(path: Path) -> BinaryIO:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return path.open("a+b", buffering=0)  # every line is the system's at once
+        return path.open("a+b", buffering=0)  # each line is handed to the system at once
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error
 
@@ -98,7 +93,7 @@ def _append(file: BinaryIO, value: Record) -> None:
 
 
 def _cut_half_line(file: BinaryIO) -> None:
-    """A killed run or a full disk can leave the beginning of a line."""
+    """Drop an incomplete last line, left by a killed run or a full disk."""
     size = file.seek(0, os.SEEK_END)
     keep = size
     while keep > 0:

@@ -1,4 +1,4 @@
-"""A progress bar on a terminal, log lines elsewhere."""
+"""Progress of `medusa distill`: a bar on a terminal, log lines elsewhere."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from medusa_core.distillation.run import DistillReport
 
 LOG_SECONDS = 30.0
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class DistillProgress:
@@ -45,7 +45,7 @@ class DistillProgress:
             self._progress.stop()
 
     def show(self, report: DistillReport) -> None:
-        """Called whenever a seed row is done with."""
+        """Update the bar or the log after a seed row."""
         now = time.monotonic()
         rate = report.tokens / max(now - self._started, 1e-9)
         status = f"{report.answers} answers · {rate:.0f} tokens/s · {report.failed} failed"
@@ -55,4 +55,4 @@ class DistillProgress:
             )
         elif now - self._logged >= LOG_SECONDS or report.handled == report.total:
             self._logged = now
-            log.info("%d of %d dialogues · %s", report.handled, report.total, status)
+            logger.info("%d of %d dialogues · %s", report.handled, report.total, status)

@@ -1,4 +1,4 @@
-"""The whole of `medusa distill`: seed dialogues in, rows in a journal out, several at a time."""
+"""`medusa distill`: re-asks seed dialogues concurrently and writes them to a journal."""
 
 import asyncio
 import logging
@@ -14,17 +14,17 @@ from medusa_core.distillation.settings import DistillSettings
 from medusa_core.errors import DataError
 
 REPORTED_ROWS = 20
-FAILURES_IN_A_ROW = 10  # with more requests at once: as many as those
+FAILURES_IN_A_ROW = 10  # or `concurrency`, if that is more
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class DistillReport:
-    """Seed rows by what became of them, and what the answers of this run amount to.
+    """Counts of seed rows by outcome, and of this run's answers and tokens.
 
-    `finished`: in the file already when the run began. `shortened` are among `written`: an answer that did
-    not end, or an empty one, cut their tail off.
+    `finished`: in the file before this run. `shortened` (among `written`): an answer that did not end, or an
+    empty one, cut off the rest.
     """
 
     total: int = 0
@@ -46,7 +46,7 @@ Watch = Callable[[DistillReport], None]
 
 
 def settings_record(settings: DistillSettings, answered_by: Mapping[str, Any]) -> dict[str, Any]:
-    """What a resumed run must have in common with the one that began the file."""
+    """Settings that a resumed run must share with the run that began the file."""
     return {
         "format": 1,
         "data": digest(settings.data),
@@ -60,7 +60,7 @@ def settings_record(settings: DistillSettings, answered_by: Mapping[str, Any]) -
 
 
 class Distillation:
-    """One run over the seeds that the journal has not finished."""
+    """One run over the seeds that are not in the journal yet."""
 
     def __init__(
         self, seeds: Seeds, journal: Journal, answerer: Answerer, settings: DistillSettings, watch: Watch
@@ -72,7 +72,7 @@ class Distillation:
         self._failures_in_a_row = 0
 
     async def run(self) -> DistillReport:
-        """Raises `DataError` if everything fails, or what the answerer raises at once; what is done stays."""
+        """Raises `DataError` after too many failures in a row, else what the answerer raises; rows stay."""
         rows = iter(self._waiting)
         tasks = [asyncio.create_task(self._work(rows)) for _ in range(self._settings.concurrency)]
         try:
@@ -110,7 +110,7 @@ class Distillation:
         self.report.failed += 1
         self._failures_in_a_row += 1
         if self.report.failed <= REPORTED_ROWS:
-            log.warning("%s failed: %s", dialogue.origin, error)
+            logger.warning("%s failed: %s", dialogue.origin, error)
         if self._failures_in_a_row >= max(FAILURES_IN_A_ROW, self._settings.concurrency):
             raise DataError(
                 f"stopped after {self._failures_in_a_row} failures in a row, the last: {error}; "

@@ -1,4 +1,4 @@
-"""Seed dialogues: what users said, in the groups the model is asked them in. No torch here."""
+"""Reads seed dialogues and groups their messages into the turns to ask. Imports no torch."""
 
 import hashlib
 import logging
@@ -14,14 +14,14 @@ ROLES = ("system", "user", "assistant")
 REPORTED_ROWS = 20
 
 Message = dict[str, str]
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class SeedDialogue:
-    """`row` counts the rows of all sources from 0: the same in every run on them.
+    """`row`: number of the row over all sources, from 0, the same in every run.
 
-    `groups`: messages up to and including a user's that the model is to answer, one group per answer.
+    `groups`: one per answer, the messages up to the user's that the model answers.
     """
 
     row: int
@@ -31,7 +31,7 @@ class SeedDialogue:
 
 @dataclass(frozen=True, slots=True)
 class Seeds:
-    """Usable dialogues in order, and how many rows were not usable."""
+    """Usable dialogues in order, and the number of unusable rows."""
 
     dialogues: tuple[SeedDialogue, ...]
     bad_rows: int
@@ -40,8 +40,8 @@ class Seeds:
 def load_seeds(sources: Sequence[str | Path], *, limit: int | None = None, strict: bool = False) -> Seeds:
     """Read the first `limit` rows of files or Hub data sets, in any format `medusa train` reads.
 
-    Their assistants' turns are left out. Raises `DataError` if a source cannot be read or no row is usable,
-    with `strict` also if any is not.
+    Assistant turns are dropped. Raises `DataError` if a source cannot be read or no row is usable, with
+    `strict` also if any row is not.
     """
     dialogues: list[SeedDialogue] = []
     bad = 0
@@ -54,14 +54,14 @@ def load_seeds(sources: Sequence[str | Path], *, limit: int | None = None, stric
                 raise DataError(f"{row.place}: {error}") from error
             bad += 1
             if bad <= REPORTED_ROWS:
-                log.warning("%s skipped: %s", row.place, error)
+                logger.warning("%s skipped: %s", row.place, error)
     if not dialogues:
         raise DataError(f"no usable seed dialogue in {', '.join(map(str, sources))}")
     return Seeds(tuple(dialogues), bad)
 
 
 def digest(sources: Sequence[str | Path]) -> list[dict[str, str]]:
-    """Name and, of files, SHA-256: by which a later run knows that its rows are the same."""
+    """Name and, of files, SHA-256 of each source, by which a resumed run knows its rows."""
     return [_file_digest(Path(s)) if Path(s).exists() else {"name": str(s)} for s in sources]
 
 
@@ -74,9 +74,9 @@ def _file_digest(path: Path) -> dict[str, str]:
 
 
 def _groups(messages: Messages) -> tuple[tuple[Message, ...], ...]:
-    """Everything between two of the assistant's turns is one group, if it ends with the user's words.
+    """The messages between two assistant turns form a group if the last is the user's.
 
-    What ends otherwise (a system message before the assistant opens the dialogue) belongs to the next.
+    Others (a system message before the assistant opens the dialogue) belong to the next group.
     """
     groups: list[tuple[Message, ...]] = []
     waiting: list[Message] = []

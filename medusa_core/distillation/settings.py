@@ -1,4 +1,4 @@
-"""What `medusa distill` is told. Defaults live here and nowhere else."""
+"""Settings of `medusa distill`, validated. Their defaults are defined here only."""
 
 import math
 from dataclasses import dataclass, field
@@ -16,9 +16,9 @@ PAPER_MAX_TOKENS = 2048
 class DistillSettings:
     """One run: seed dialogues from `data` (files or Hub data sets), rows appended to `out`.
 
-    `max_tokens`: most tokens of one answer; one that needs more ends its dialogue. `turns` None asks every
-    user turn. `limit`: so many seed rows. `top_p` None leaves the model's own. `concurrency`: dialogues in
-    progress at once. `strict` makes a seed row that cannot be used an error.
+    `max_tokens`: limit of one answer; a longer one ends its dialogue. `turns`: user turns to ask, None for
+    all. `limit`: seed rows to read. `top_p` None uses the model's own. `concurrency`: dialogues in progress
+    at once. `strict`: an unusable seed row is an error.
     """
 
     data: tuple[str | Path, ...] = option(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.config import EMBEDDED_MODEL, EngineConfig, resolve_context_length
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.draft_tree import Origin
 from medusa_core.draft.head_source import HeadSource
@@ -39,14 +39,9 @@ from medusa_core.engine.step_timer import StepTimer
 from medusa_core.engine.step_times import StepTimes
 from medusa_core.engine.timing import phase_timer
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
-from medusa_core.loading.loader import (
-    EngineParts,
-    calibration_or_default,
-    load_parts,
-    load_static_tree,
-    resolve_context_length,
-)
-from medusa_core.loading.progress import OnStage, Stages
+from medusa_core.loading.heads import load_static_tree
+from medusa_core.loading.loader import EngineParts, calibration_or_default, load_parts
+from medusa_core.loading.progress import LoadProgress, OnStage
 from medusa_core.model.backbone import Backbone
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
@@ -61,7 +56,7 @@ class Engine:
     """Decodes requests in slots, one slot's step at a time."""
 
     def __init__(self, parts: EngineParts, config: EngineConfig, on_stage: OnStage | None = None) -> None:
-        progress = Stages(on_stage)
+        progress = LoadProgress(on_stage)
         self.config, self.backbone, self.chat_tokenizer = config, parts.backbone, parts.chat
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)

@@ -1,1 +1,1 @@
-"""From names and settings to the parts an engine is made of."""
+"""Loads an engine's parts: device and dtype, memory check, weights, heads, calibration."""

@@ -1,36 +1,59 @@
-"""What the machine has: memory that is free for an engine, and GPUs that it does not use."""
+"""Device and dtype of an engine: resolves "auto" and checks what was asked for."""
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig
 
-log = logging.getLogger(__name__)
+from medusa_core.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 ROOT = Path("/")
-CGROUP_1, CGROUP_2 = "sys/fs/cgroup/memory", "sys/fs/cgroup"
-# File pages are counted as used by a control group, but given up when memory is wanted.
-RECLAIMABLE = ("active_file", "inactive_file", "slab_reclaimable")
-UNLIMITED = 1 << 60  # version 1 says "no limit" with a number near 2**63
+NATIVE_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16 ")  # Linux /proc/cpuinfo; the last is ARM's
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be allocated on the device; None where nobody says."""
+def resolve_device(name: str) -> torch.device:
+    """A torch device; "auto" is CUDA if there is one, "auto:N" then CUDA device N."""
+    kind, _, index = name.partition(":")
+    if kind == "auto" and (index.isdecimal() or name == "auto"):
+        _warn_of_unused(is_one_of_several=bool(index))
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        name = f"cuda:{index}" if index else "cuda"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
     if device.type == "cuda":
-        free = int(torch.cuda.mem_get_info(device)[0])
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free_host_memory()
+        _check_cuda(device)
+    return device
 
 
-def free_host_memory(root: Path = ROOT) -> int | None:
-    """What the system has available and the control groups this process is in still allow; Linux only."""
-    known = [free for free in (_available(root), *_allowed(root)) if free is not None]
-    return max(0, min(known)) if known else None
+def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.dtype:
+    """A torch dtype; "auto" keeps the checkpoint's 16-bit type where the device multiplies it natively."""
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    if device.type == "cuda":
+        stored = _stored_dtype(model)
+        return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
+    return torch.bfloat16 if cpu_has_native_bfloat16() else torch.float32
+
+
+def cpu_has_native_bfloat16() -> bool:
+    """Whether the kernel says that this CPU multiplies bfloat16; False if unknown."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return any(flag in flags for flag in NATIVE_BF16_FLAGS)
 
 
 def unused_gpu(root: Path = ROOT) -> str | None:
-    """Why torch uses no CUDA device although an NVIDIA GPU seems to be there; None where none is."""
+    """Why torch uses no CUDA device although an NVIDIA GPU seems to be there; None if there is none."""
     if torch.cuda.is_available():
         return None
     driver, node = root / "proc/driver/nvidia/version", root / "dev/nvidia0"
@@ -43,44 +66,26 @@ def unused_gpu(root: Path = ROOT) -> str | None:
     return f"CUDA_VISIBLE_DEVICES may hide it, or its driver be too old for CUDA {torch.version.cuda}"
 
 
-def _available(root: Path) -> int | None:
-    for line in _read(root / "proc/meminfo").splitlines():
-        name, _, rest = line.partition(":")
-        if name == "MemAvailable":
-            return int(rest.split()[0]) * 1024
-    return None
+def _check_cuda(device: torch.device) -> None:
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {device} was asked for, but this machine has no usable CUDA device")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {device} was asked for, but there are only {torch.cuda.device_count()}")
 
 
-def _allowed(root: Path) -> Iterator[int]:
-    """What each control group from this process's own up to the root leaves, of either version."""
-    for line in _read(root / "proc/self/cgroup").splitlines():
-        number, controllers, path = line.split(":", 2)
-        if number == "0":
-            yield from _left(root / CGROUP_2, path, "memory.max", "memory.current", "")
-        elif "memory" in controllers.split(","):
-            yield from _left(
-                root / CGROUP_1, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
-            )
+def _warn_of_unused(*, is_one_of_several: bool) -> None:
+    """Log which GPUs "auto" leaves idle."""
+    reason = unused_gpu()
+    if reason is not None:
+        logger.warning("there seems to be an NVIDIA GPU, but everything runs on the CPU: %s", reason)
+    count = torch.cuda.device_count()
+    if count > 1 and not is_one_of_several:
+        logger.warning("only one of %d CUDA devices is used; MEDUSA_WORKERS=%d uses them all", count, count)
 
 
-def _left(mount: Path, path: str, limit_file: str, usage_file: str, prefix: str) -> Iterator[int]:
-    # In a container the path may be the host's, while only the container's own group is mounted, at the top.
-    group = mount / path.strip("/")
-    for folder in (group, *group.parents):
-        limit, usage = _read(folder / limit_file).strip(), _read(folder / usage_file).strip()
-        if limit.isdigit() and usage.isdigit() and int(limit) < UNLIMITED:
-            yield int(limit) - int(usage) + _reclaimable(folder / "memory.stat", prefix)
-        if folder == mount:
-            return
-
-
-def _reclaimable(stat: Path, prefix: str) -> int:
-    counts = dict(line.split(" ", 1) for line in _read(stat).splitlines() if " " in line)
-    return sum(int(counts.get(prefix + name, 0)) for name in RECLAIMABLE)
-
-
-def _read(path: Path) -> str:
+def _stored_dtype(model: str | Path) -> torch.dtype | None:
     try:
-        return path.read_text(encoding="utf-8")
-    except OSError:
-        return ""
+        dtype = AutoConfig.from_pretrained(str(model), trust_remote_code=False).dtype
+    except (OSError, ValueError):
+        return None  # loading the model reports what is wrong
+    return dtype if isinstance(dtype, torch.dtype) else None

@@ -1,28 +1,34 @@
-"""Whether an engine fits the device's memory, computed before anything large is loaded.
+"""Memory check: refuses an engine that does not fit its device, before anything large is loaded.
 
-Weights, heads and cache are exact; what a step needs besides is estimated on the low side, since refusing
-what would have fitted is worse than running out. Each engine counts for itself: several on one device do not
-know of one another before they have loaded.
+Weights, heads and cache are exact. What a step needs besides is estimated low, since refusing what would have
+fitted is worse than running out. Engines that load on one device at the same time do not see one another.
 """
 
+import logging
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from medusa_core.config import EngineConfig
+from medusa_core.config import EngineConfig, resolve_context_length
+from medusa_core.draft.tree_size import scratch_rows
 from medusa_core.errors import ConfigError
-from medusa_core.loading.meta_model import BackboneOutline, HeadsOutline
+from medusa_core.loading.free_memory import free_memory
+from medusa_core.loading.heads import load_static_tree
+from medusa_core.loading.meta_model import MetaBackbone, MetaHeads, build_meta_backbone, build_meta_heads
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
-CUDA_RESERVE = 256 * 2**20  # workspaces of cuBLAS and what the allocator rounds up
-LEAST_USEFUL_LENGTH = 128  # a shorter context is no advice
+CUDA_RESERVE = 256 * 2**20  # cuBLAS workspaces and allocator rounding
+LEAST_USEFUL_LENGTH = 128  # advise no shorter context
 LOGIT_COPIES = 4  # float32: raw, processed, with noise, sorted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryNeed:
-    """Bytes by part, and what they follow from. `per_token`: cache of one token in one slot."""
+    """Bytes by part and what determines them. `per_token`: cache bytes of one token in one slot."""
 
     weights: int
     heads: int
@@ -41,32 +47,60 @@ class MemoryNeed:
         return self.weights + self.heads + self.cache + self.headroom
 
     def __str__(self) -> str:
-        parts = {
-            "weights": self.weights,
-            "heads": self.heads,
-            "cache": self.cache,
-            "head-room": self.headroom,
-        }
-        return ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+        sizes = (self.weights, self.heads, self.cache, self.headroom)
+        parts = zip(("weights", "heads", "cache", "head-room"), sizes, strict=True)
+        return ", ".join(f"{name} {gib(size)}" for name, size in parts if size)
+
+
+def check_memory(
+    model: str | Path,
+    heads: str | Path | None,
+    config: EngineConfig,
+    *,
+    vocab_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> None:
+    """Raise a `ConfigError` if the engine does not fit the free memory; what cannot be known passes."""
+    backbone = build_meta_backbone(model, dtype)
+    free = free_memory(device)
+    if backbone is None or free is None:
+        logger.info("whether it fits the memory of %s is not known beforehand", device)
+        return
+    built = None
+    if heads is not None:
+        built = build_meta_heads(heads, backbone, vocab_size=vocab_size, dtype=dtype)
+    own_heads = None if built is None else built.heads
+    static_tree = load_static_tree(config.static_tree, own_heads)
+    need = memory_need(
+        backbone,
+        built,
+        config,
+        context=resolve_context_length(config.max_length, backbone.max_positions),
+        scratch=scratch_rows(own_heads, static_tree, config.tree_nodes),
+        device=device,
+    )
+    logger.info("%s GiB of memory needed on %s (%s), %s free", gib(need.total), device, need, gib(free))
+    check_fits(need, free, device, dtype)
 
 
 def memory_need(
-    backbone: BackboneOutline,
-    heads: HeadsOutline | None,
+    backbone: MetaBackbone,
+    heads: MetaHeads | None,
     config: EngineConfig,
     *,
     context: int,
     scratch: int,
     device: torch.device,
 ) -> MemoryNeed:
-    """What an engine of these parts takes on the device."""
+    """Bytes an engine of these parts takes on the device."""
     dtype = backbone.model.dtype
-    follower = heads.heads.cache_shape if heads is not None else None
+    draft_cache = heads.heads.cache_shape if heads is not None else None
     return MemoryNeed(
         weights=backbone.weight_bytes,
         heads=0 if heads is None else heads.weight_bytes,
         headroom=_headroom(backbone, config, context + scratch, device),
-        per_token=sum(shape.bytes_per_token(dtype) for shape in (backbone.cache_shape, follower) if shape),
+        per_token=sum(shape.bytes_per_token(dtype) for shape in (backbone.cache_shape, draft_cache) if shape),
         slots=config.slots,
         context=context,
         scratch=scratch,
@@ -87,24 +121,24 @@ def check_fits(need: MemoryNeed, free: int, device: torch.device, dtype: torch.d
 
 
 def gib(size: int) -> str:
-    """As precise as is of use."""
+    """GiB to one decimal, small sizes to three."""
     return f"{size / GIB:.1f}" if size >= GIB // 10 else f"{size / GIB:.3f}"
 
 
-def _headroom(backbone: BackboneOutline, config: EngineConfig, capacity: int, device: torch.device) -> int:
-    """Activations of the largest prefill chunk with its mask, logits of a tree, and the libraries' own."""
+def _headroom(backbone: MetaBackbone, config: EngineConfig, capacity: int, device: torch.device) -> int:
+    """Bytes of the largest prefill chunk's activations and mask, a tree's logits and CUDA's workspaces."""
     text = backbone.model.config.get_text_config()
-    hidden = backbone.hidden_size
+    hidden = int(text.hidden_size)
     inner = int(getattr(text, "intermediate_size", 0) or 4 * hidden)
     rows = min(config.prefill_chunk, capacity)
     itemsize = backbone.model.dtype.itemsize
     chunk = rows * itemsize * (max(6 * hidden, 2 * hidden + 3 * inner) + capacity)
-    logits = LOGIT_COPIES * 4 * (config.tree_nodes or 1) * len(backbone.lm_head_weight)
+    logits = LOGIT_COPIES * 4 * (config.tree_nodes or 1) * backbone.output_rows
     return chunk + logits + (CUDA_RESERVE if device.type == "cuda" else 0)
 
 
 def _advice(need: MemoryNeed, missing: int, dtype: torch.dtype) -> str:
-    """Every single change that would do; a smaller model where none does."""
+    """Every single change that would suffice; else a smaller model."""
     changes = []
     length = need.context - math.ceil(missing / (need.per_token * need.slots))
     if length >= LEAST_USEFUL_LENGTH:

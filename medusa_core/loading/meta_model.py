@@ -1,7 +1,6 @@
-"""A model and its heads as shapes without bytes, from the config and the headers of files alone.
+"""Meta-device models for sizing: backbone and heads with shapes but no memory, before a weight is read.
 
-Everything is built on torch's meta device by the very code that loads it, so that sizes are those of what
-will be loaded, to the byte, before a weight is read or downloaded.
+Built by the code that loads the real ones, from configs and file headers alone, so sizes are exact.
 """
 
 import logging
@@ -13,20 +12,20 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from medusa_core.checkpoints import load_heads
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.errors import CheckpointError
+from medusa_core.loading.heads import load_heads_for
 from medusa_core.model.backbone import LOADING_FAILURES, max_positions, probe_cache_shape, quiet_transformers
 from medusa_core.model.kv_cache import CacheShape
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True, slots=True)
-class BackboneOutline:
-    """A model without its weights. `weight_bytes`: what they take once loaded, shared ones counted once."""
+class MetaBackbone:
+    """A backbone on the meta device. `weight_bytes`: of its weights once loaded, shared ones counted once."""
 
     model: PreTrainedModel
     weight_bytes: int
@@ -34,28 +33,23 @@ class BackboneOutline:
     max_positions: int
 
     @property
-    def hidden_size(self) -> int:
-        return int(self.model.config.get_text_config().hidden_size)
-
-    @property
-    def lm_head_weight(self) -> Tensor:
-        """Output rows, padding included."""
-        weight: Tensor = self.model.get_output_embeddings().weight
-        return weight
+    def output_rows(self) -> int:
+        """Rows of the output layer, padding included."""
+        return len(self.model.get_output_embeddings().weight)
 
 
 @dataclass(frozen=True, slots=True)
-class HeadsOutline:
-    """Draft heads without their weights; `weight_bytes` leaves out what they share with the backbone."""
+class MetaHeads:
+    """Draft heads on the meta device. `weight_bytes` excludes what they share with the backbone."""
 
     heads: DraftHeads
     weight_bytes: int
 
 
-def outline_backbone(model: str | Path, dtype: torch.dtype) -> BackboneOutline | None:
-    """The model as its config describes it; None, with a word in the log, where that does not tell.
+def build_meta_backbone(model: str | Path, dtype: torch.dtype) -> MetaBackbone | None:
+    """The backbone its config describes; None, noted in the log, if the config does not determine its size.
 
-    What is wrong with a model is for loading it to say.
+    Errors in the model are left to loading it.
     """
     path = Path(model).expanduser()
     try:
@@ -64,42 +58,36 @@ def outline_backbone(model: str | Path, dtype: torch.dtype) -> BackboneOutline |
                 str(path if path.is_dir() else model), trust_remote_code=False
             )
             if getattr(config, "quantization_config", None) is not None:
-                log.info("the size of the quantised weights of %s is not known before they are loaded", model)
+                logger.info(
+                    "the size of the quantized weights of %s is not known before they are loaded", model
+                )
                 return None
             with META:
                 built = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-            return BackboneOutline(
+            return MetaBackbone(
                 built.eval(),
                 held_bytes((*built.parameters(), *built.buffers())),
                 probe_cache_shape(built),
                 max_positions(built.config.get_text_config()),
             )
     except (CheckpointError, *LOADING_FAILURES) as error:
-        log.info("the size of %s is not known before it is loaded: %s", model, type(error).__name__)
-        log.debug("no outline of %s", model, exc_info=True)
+        logger.info("the size of %s is not known before it is loaded: %s", model, type(error).__name__)
+        logger.debug("no meta model of %s", model, exc_info=True)
         return None
 
 
-def outline_heads(
-    source: str | Path, backbone: BackboneOutline, *, vocab_size: int, dtype: torch.dtype
-) -> HeadsOutline:
-    """The heads as their files describe them. Raises `CheckpointError` where loading them would."""
-    weight = backbone.lm_head_weight
-    heads = load_heads(
-        source,
-        hidden_size=backbone.hidden_size,
-        vocab_size=min(vocab_size, len(weight)),
-        lm_head_weight=weight,
-        embed=backbone.model.get_input_embeddings(),
-        backbone_config=backbone.model.config.get_text_config(),
-        dtype=dtype,
-        device=META,
-    )
-    return HeadsOutline(heads, held_bytes((*heads.parameters(), *heads.buffers()), apart_from=(weight,)))
+def build_meta_heads(
+    source: str | Path, backbone: MetaBackbone, *, vocab_size: int, dtype: torch.dtype
+) -> MetaHeads:
+    """The heads their files describe. Raises `CheckpointError` where loading them would."""
+    rows = min(vocab_size, backbone.output_rows)
+    heads = load_heads_for(backbone.model, source, vocab_size=rows, dtype=dtype, device=META)
+    shared = backbone.model.get_output_embeddings().weight
+    return MetaHeads(heads, held_bytes((*heads.parameters(), *heads.buffers()), apart_from=(shared,)))
 
 
 def held_bytes(tensors: Iterable[Tensor], *, apart_from: Iterable[Tensor] = ()) -> int:
-    """Memory behind the tensors, each piece counted once and those of `apart_from` not at all."""
+    """Bytes of the tensors' storages, each counted once and those of `apart_from` not at all."""
     pieces = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}
     others = {tensor.untyped_storage()._cdata for tensor in apart_from}
     return sum(size for piece, size in pieces.items() if piece not in others)

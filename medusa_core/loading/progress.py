@@ -1,4 +1,4 @@
-"""What an engine does while it starts: told to whoever waits, and to the log."""
+"""Progress of loading an engine: current step, tensors read, bytes downloaded; to the log and a callback."""
 
 import contextlib
 import logging
@@ -12,18 +12,18 @@ from huggingface_hub import constants
 from huggingface_hub.file_download import repo_folder_name
 from transformers.utils import logging as transformers_logging
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WATCH_SECONDS = 10.0
-WEIGHTS_BAR = "Loading weights"  # what transformers calls the progress that is of interest
+WEIGHTS_BAR = "Loading weights"  # the description of transformers' own progress bar
 GIB = 2**30
 
 OnStage = Callable[[str], None]
-"""Called with a few words on what is done next; from another thread while a download goes on."""
+"""Called with the step that begins; from another thread during a download."""
 
 
-class Stages:
-    """Announces stages: one line of the log each, and a call."""
+class LoadProgress:
+    """Reports each step of loading: one line of the log and one call of `on_stage`."""
 
     def __init__(self, on_stage: OnStage | None = None) -> None:
         self._on_stage = on_stage
@@ -31,13 +31,13 @@ class Stages:
 
     def enter(self, text: str) -> None:
         with self._lock:
-            log.info("%s", text)
+            logger.info("%s", text)
             if self._on_stage is not None:
                 self._on_stage(text)
 
     @contextlib.contextmanager
     def counting_weights(self, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Tell now and then how many of a model's tensors transformers has read, in place of its own bar."""
+        """Report every `every` seconds how many tensors transformers has read, in place of its own bar."""
 
         def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             is_weights = kwargs.get("desc") == WEIGHTS_BAR and args and isinstance(args[0], Sized)
@@ -50,16 +50,16 @@ class Stages:
             transformers_logging.set_tqdm_hook(previous)
 
     def _counted(self, tensors: Any, every: float) -> Iterator[Any]:
-        told = time.monotonic()
+        reported = time.monotonic()
         for number, tensor in enumerate(tensors):
             yield tensor
-            if time.monotonic() - told >= every:
-                told = time.monotonic()
+            if time.monotonic() - reported >= every:
+                reported = time.monotonic()
                 self.enter(f"{number + 1} of {len(tensors)} tensors read")
 
     @contextlib.contextmanager
     def downloading(self, name: str | Path, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Tell now and then how much of a Hub repository is here, as long as that grows."""
+        """Report every `every` seconds how much of a Hub repository is downloaded, while that grows."""
         folder = _hub_folder(name)
         if folder is None:
             yield
@@ -85,7 +85,7 @@ class Stages:
 
 
 def _hub_folder(name: str | Path) -> Path | None:
-    """Where the files of a Hub repository are kept; None for what is no name of one."""
+    """The cache folder of a Hub repository; None if `name` cannot be one."""
     path = Path(name).expanduser()
     if path.exists() or path.is_absolute() or len(path.parts) > 2 or str(name).startswith("."):
         return None
@@ -93,7 +93,7 @@ def _hub_folder(name: str | Path) -> Path | None:
 
 
 def _size(folder: Path) -> int:
-    """Of all files, unfinished ones included, which may be renamed at any moment."""
+    """Bytes of all files, unfinished ones included, which may be renamed at any moment."""
     size = 0
     for path in folder.glob("*"):
         with contextlib.suppress(OSError):

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from transformers import TrainingArguments
 
 from medusa_core.errors import ConfigError
-from medusa_core.loading.loader import resolve_device
+from medusa_core.loading.devices import resolve_device
 from medusa_core.training.config import TrainConfig
 from medusa_core.training.run_folder import CHECKPOINTS_FOLDER
 

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from medusa_core.checkpoints import load_heads
 from medusa_core.draft.hydra import HydraHeads, HydraShape
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.errors import ConfigError
-from medusa_core.loading.loader import heads_source, resolve_dtype
+from medusa_core.loading.devices import resolve_dtype
+from medusa_core.loading.heads import heads_source, load_heads_for
 from medusa_core.model.backbone import Backbone, load_backbone
 from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
@@ -126,13 +126,11 @@ def frequent_tokens(examples: Sequence[Example], count: int, vocab_size: int) ->
 
 def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
     assert config.heads is not None
-    heads = load_heads(
-        heads_source(config.model, config.heads) or config.heads,
-        hidden_size=backbone.hidden_size,
+    source = heads_source(config.model, config.heads) or config.heads
+    heads = load_heads_for(
+        backbone.model,
+        source,
         vocab_size=backbone.vocab_size,
-        lm_head_weight=backbone.model.get_output_embeddings().weight,
-        embed=backbone.embed,
-        backbone_config=backbone.config,
         dtype=torch.float32,
         device=backbone.device,
     )

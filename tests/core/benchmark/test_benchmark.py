@@ -34,7 +34,7 @@ CONFIG = EngineConfig(dtype="float32", device="cpu", measure=False, tree_nodes=6
 SMALL = InflatedShape(
     hidden_size=128, num_layers=3, num_query_heads=8, head_dim=16, intermediate_size=192, vocab_size=400
 )
-GREEDY = SamplingParams(max_tokens=10, temperature=0.0)
+GREEDY = SamplingParams(max_tokens=10, temperature=0.0, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_baseline_runs_without_speculation_and_medusa_with(engine: Engine, promp
             max_tokens=6, temperature=0.0, speculation=SpeculationParams(mode=SpeculationMode.OFF)
         ),
     )
-    on = run(ids, SamplingParams(max_tokens=6, temperature=0.0))
+    on = run(ids, SamplingParams(max_tokens=6, temperature=0.0, seed=0))
     assert off.token_ids == on.token_ids
     assert [step.tree_nodes for step in off.steps] == [1] * off.decoded_tokens
     assert {step.mode for step in off.steps} == {SpeculationMode.OFF}
@@ -130,7 +130,7 @@ def test_the_stop_token_counts_as_decoded(engine: Engine, prompts: list[Prompt])
     free = run(ids, GREEDY)
     stop = free.token_ids[4]
     first = free.token_ids.index(stop)
-    stopped = run(ids, SamplingParams(max_tokens=10, temperature=0.0, stop_token_ids=(stop,)))
+    stopped = run(ids, SamplingParams(max_tokens=10, temperature=0.0, stop_token_ids=(stop,), seed=0))
     assert stopped.token_ids == free.token_ids[: first + 1]
     assert stopped.decoded_tokens == first
 
@@ -208,7 +208,7 @@ def test_margin_of_a_draw_includes_its_noise(engine: Engine) -> None:
     hot = decision_margin(engine.backbone, ids, SamplingParams(temperature=1.0, seed=1))
     other = decision_margin(engine.backbone, ids, SamplingParams(temperature=1.0, seed=2))
     assert hot != other
-    only_one = decision_margin(engine.backbone, ids, SamplingParams(temperature=1.0, top_k=1))
+    only_one = decision_margin(engine.backbone, ids, SamplingParams(temperature=1.0, top_k=1, seed=0))
     assert only_one == pytest.approx(decision_margin(engine.backbone, ids, GREEDY))
 
 
@@ -300,7 +300,7 @@ def test_padding_rows_are_never_drawn(tiny_model_dir: Path, prompts: list[Prompt
     big = inflate_model(small, SMALL)
     padded = Engine.from_parts(big, chat, inflate_heads(heads, big), CONFIG)
     ids = chat.render(prompts[0].messages)
-    params = SamplingParams(max_tokens=60, temperature=50.0, ignore_eos=True)
+    params = SamplingParams(max_tokens=60, temperature=50.0, ignore_eos=True, seed=0)
     for runner in (engine_runner(padded), hf_runner(padded)):
         tokens = runner(ids, params).token_ids
         assert len(tokens) == 60

@@ -232,10 +232,10 @@ def test_unknown_heads_cannot_be_inflated(inflated: LlamaForCausalLM) -> None:
         inflate_heads(OtherHeads(), inflated)
 
 
-def test_quantised_weights_are_refused() -> None:
+def test_quantized_weights_are_refused() -> None:
     own = random_llama()
     own.lm_head.weight = torch.nn.Parameter(torch.zeros(64, 48, dtype=torch.int8), requires_grad=False)
-    with pytest.raises(ConfigError, match="quantised"):
+    with pytest.raises(ConfigError, match="quantized"):
         inflate_model(own, SMALL)
 
 

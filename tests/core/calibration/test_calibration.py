@@ -28,7 +28,7 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.tree import make_tree
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.sampling import gumbel_noise
-from medusa_core.engine.step_times import TREE_SIZES
+from medusa_core.draft.tree_size import TREE_SIZES
 from medusa_core.errors import CapacityError, ConfigError, DataError
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.sampling_params import SamplingParams
@@ -37,21 +37,21 @@ from medusa_core.text.tokenizer import ChatTokenizer
 from tests.core.conftest import BuildEngine, add, decode, speculate
 
 CPU = torch.device("cpu")
-GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, seed=0)
 WORDS = (
     "cheap restaurant",
     "table for two",
     "Italian food",
     "thank you",
     "seven in the evening",
-    "centre of town",
+    "center of town",
 )
 PROMPTS = [Prompt(({"role": "user", "content": text},), text) for text in WORDS]
 
 
 @pytest.fixture(scope="module")
 def answers(trained_heads: MedusaHeads, tiny_model_dir: Path, tiny_prompts: list[list[int]]) -> list[Answer]:
-    """Half of them learnt by the heads, half never seen."""
+    """Half of them learned by the heads, half never seen."""
     config = EngineConfig(dtype="float32", measure=False)
     engine = Engine.from_pretrained(tiny_model_dir, heads="none", config=config)
     return [

@@ -9,7 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medusa_core.checkpoints import find_heads, head_keys, load_heads, save_heads
+from medusa_core.checkpoints import find_heads, load_heads, save_heads
+from medusa_core.checkpoints.head_files import read_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import CheckpointError
 
@@ -157,7 +158,7 @@ def test_format_c(tmp_path: Path, sharded: bool, safetensors: bool) -> None:
     tensors = head_tensors()
     full_model(tmp_path, tensors, sharded=sharded, safetensors=safetensors)
     check_equal(load(tmp_path), tensors)
-    assert sorted(head_keys(tmp_path)) == sorted(f"medusa_head.{key}" for key in tensors)
+    assert sorted(read_heads(tmp_path).tensors) == sorted(f"medusa_head.{key}" for key in tensors)
     assert find_heads(tmp_path) == tmp_path
 
 
@@ -223,9 +224,9 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     heads = load(write_pt(tmp_path, head_tensors()))
     save_heads(heads, tmp_path, base_model="b")
     before = (tmp_path / "medusa_lm_head.safetensors").read_bytes()
-    unserialisable = MedusaHeads(num_heads=1, num_layers=1, hidden_size=2, vocab_size=2, device="meta")
+    unserializable = MedusaHeads(num_heads=1, num_layers=1, hidden_size=2, vocab_size=2, device="meta")
     with pytest.raises(NotImplementedError):
-        save_heads(unserialisable, tmp_path, base_model="b")
+        save_heads(unserializable, tmp_path, base_model="b")
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()  # renaming a file over it fails
     with pytest.raises(OSError, match="config.json"):

@@ -330,16 +330,16 @@ def test_broken_token_maps_are_refused(tmp_path: Path, ids: Tensor, message: str
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_modelopt_fp8_weights_are_dequantised(tmp_path: Path, alone: bool) -> None:
+def test_modelopt_fp8_weights_are_dequantized(tmp_path: Path, alone: bool) -> None:
     """A scale a tensor or a scale a row; the scales of activations have no use here."""
     tensors = plain_tensors("medusa_heads.")
     expected = {}
     for number, key in enumerate([key for key in tensors if key.endswith("weight")]):
         scale = torch.rand(HIDDEN if "linear" in key else VOCAB) + 0.1 if number % 2 else torch.tensor(0.25)
-        quantised = (tensors[key] / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
-        expected[key] = quantised.float() * scale.reshape(-1, 1)
+        quantized = (tensors[key] / scale.reshape(-1, 1)).to(torch.float8_e4m3fn)
+        expected[key] = quantized.float() * scale.reshape(-1, 1)
         tensors |= {
-            key: quantised,
+            key: quantized,
             key.replace("weight", "weight_scale"): scale,
             key.replace("weight", "input_scale"): torch.tensor(0.01),
         }
@@ -370,7 +370,7 @@ BLOCK = "medusa_heads.0.0.linear"
         ({"norm.input_scale": torch.tensor(1.0)}, r"norm\.input_scale has no .*norm\.weight"),
     ],
 )
-def test_other_quantisation_is_refused_by_name(tmp_path: Path, changes: Tensors, message: str) -> None:
+def test_other_quantization_is_refused_by_name(tmp_path: Path, changes: Tensors, message: str) -> None:
     tensors = plain_tensors("medusa_heads.") | joined(BLOCK, changes)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=rf"medusa_heads\.0\.0\.linear.*{message}"):

@@ -11,8 +11,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from medusa_core.checkpoints import head_keys, load_heads, save_full_model, save_heads
-from medusa_core.checkpoints.export import convert_heads, read_base
+from medusa_core.checkpoints import load_heads, save_full_model, save_heads
+from medusa_core.checkpoints.conversion import read_base
+from medusa_core.checkpoints.export import convert_heads
+from medusa_core.checkpoints.head_files import read_heads
 from medusa_core.cli.main import app
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import default_calibration, load_calibration, save_calibration
@@ -324,7 +326,7 @@ def test_whole_models_with_heads(
         if (tiny_model_dir / name).exists():
             shutil.copy(tiny_model_dir / name, folder)
     assert (folder / "model.safetensors.index.json").exists() is (shards == "50KB")
-    assert len(head_keys(folder)) == 3 * (2 * num_layers + (not shared))
+    assert len(read_heads(folder).tensors) == 3 * (2 * num_layers + (not shared))
     config = config_of(folder)
     assert (config["medusa_num_heads"], config["medusa_num_layers"]) == (3, num_layers)
     parts = load_parts(folder, None, FLOAT32)

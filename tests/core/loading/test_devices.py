@@ -1,4 +1,4 @@
-"""Free memory as the kernel tells it, and GPUs that nobody uses. Files are laid out as the kernel's."""
+"""Free memory from the kernel's files, and warnings of unused GPUs."""
 
 import logging
 from pathlib import Path
@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_core.loading import loader as loading
-from medusa_core.loading.devices import free_host_memory, free_memory, unused_gpu
+from medusa_core.loading import devices
+from medusa_core.loading.devices import resolve_device, unused_gpu
+from medusa_core.loading.free_memory import free_host_memory, free_memory
 
 MIB = 2**20
 
@@ -115,13 +116,13 @@ def test_auto_on_a_cpu_beside_a_gpu_is_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     driver(tmp_path)
-    monkeypatch.setattr(loading, "unused_gpu", lambda: unused_gpu(tmp_path))
-    assert loading.resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(devices, "unused_gpu", lambda: unused_gpu(tmp_path))
+    assert resolve_device("auto") == torch.device("cpu")
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert "everything runs on the CPU" in record.getMessage()
     caplog.clear()
-    loading.resolve_device("cpu")  # asked for
+    resolve_device("cpu")  # asked for
     assert not caplog.records
 
 
@@ -130,8 +131,8 @@ def test_auto_on_one_of_several_gpus_is_a_warning(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert loading.resolve_device("auto") == torch.device("cuda")
+    assert resolve_device("auto") == torch.device("cuda")
     assert "MEDUSA_WORKERS=4" in caplog.text
     caplog.clear()
-    assert loading.resolve_device("cuda:2") == loading.resolve_device("auto:2")
+    assert resolve_device("cuda:2") == resolve_device("auto:2")
     assert not caplog.records

@@ -7,20 +7,15 @@ import pytest
 import torch
 
 from medusa_core.checkpoints import save_heads
-from medusa_core.config import EngineConfig
+from medusa_core.config import EngineConfig, resolve_context_length
 from medusa_core.draft.accuracy import default_calibration, save_calibration
 from medusa_core.draft.hydra import HydraHeads, HydraShape
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import CheckpointError, ConfigError, MedusaError
-from medusa_core.loading.loader import (
-    cpu_has_native_bfloat16,
-    load_parts,
-    resolve_context_length,
-    resolve_device,
-    resolve_dtype,
-)
+from medusa_core.loading.devices import cpu_has_native_bfloat16, resolve_device, resolve_dtype
+from medusa_core.loading.loader import load_parts
 
 CPU = torch.device("cpu")
 FLOAT32 = EngineConfig(dtype="float32", device="cpu", measure=False)

@@ -18,9 +18,10 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import CheckpointError, ConfigError
-from medusa_core.loading import loader as loading
+from medusa_core.loading import loader
+from medusa_core.loading import memory as memory_check
 from medusa_core.loading.memory import GIB, MemoryNeed, check_fits
-from medusa_core.loading.meta_model import outline_backbone, outline_heads
+from medusa_core.loading.meta_model import build_meta_backbone, build_meta_heads
 from medusa_core.model.backbone import Backbone
 
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> list[MemoryNeed]:
         seen.append(need)
         check_fits(need, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loading, "check_fits", keep)
+    monkeypatch.setattr(memory_check, "check_fits", keep)
     return seen
 
 
@@ -130,8 +131,8 @@ def test_heads_among_the_weights_of_a_whole_model(
 def test_too_little_memory_is_refused_before_weights_are_read(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loading, "free_memory", lambda device: 100_000)
-    monkeypatch.setattr(loading, "load_backbone", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(memory_check, "free_memory", lambda device: 100_000)
+    monkeypatch.setattr(loader, "load_backbone", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(
         ConfigError, match=r"does not fit the memory of cpu: .* GiB needed \(weights .* missing"
     ):
@@ -139,7 +140,7 @@ def test_too_little_memory_is_refused_before_weights_are_read(
 
 
 def test_the_check_can_be_turned_off(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "free_memory", lambda device: 0)
+    monkeypatch.setattr(memory_check, "free_memory", lambda device: 0)
     config = replace(CONFIG, memory_check=False)
     assert Engine.from_pretrained(tiny_model_dir, config=config).num_free_slots == 1
 
@@ -147,7 +148,7 @@ def test_the_check_can_be_turned_off(tiny_model_dir: Path, monkeypatch: pytest.M
 def test_unknown_free_memory_refuses_nothing(
     tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(loading, "free_memory", lambda device: None)
+    monkeypatch.setattr(memory_check, "free_memory", lambda device: None)
     with caplog.at_level(logging.INFO):
         Engine.from_pretrained(tiny_model_dir, config=CONFIG)
     assert "whether it fits the memory of cpu is not known beforehand" in caplog.text
@@ -162,7 +163,7 @@ def test_unknown_sizes_refuse_nothing(
     config = json.loads((tiny_model_dir / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with caplog.at_level(logging.INFO):
-        assert outline_backbone(tmp_path, torch.float32) is None
+        assert build_meta_backbone(tmp_path, torch.float32) is None
     assert "not known before" in caplog.text
 
 
@@ -170,12 +171,12 @@ def test_broken_heads_are_reported_before_weights_are_read(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "medusa_lm_head.safetensors").write_bytes(b"no header")
-    monkeypatch.setattr(loading, "load_backbone", lambda *args, **kwargs: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(loader, "load_backbone", lambda *args, **kwargs: pytest.fail("weights were loaded"))
     with pytest.raises(CheckpointError, match="medusa_lm_head"):
         Engine.from_pretrained(tiny_model_dir, heads=tmp_path, config=CONFIG)
 
 
-def test_a_seven_billion_model_is_outlined_from_its_config_alone(tmp_path: Path) -> None:
+def test_a_seven_billion_model_is_sized_from_its_config_alone(tmp_path: Path) -> None:
     """No weights are there, and none are made: the numbers of vicuna-7b with five heads, 4096 tokens."""
     LlamaConfig(
         vocab_size=32000,
@@ -184,22 +185,22 @@ def test_a_seven_billion_model_is_outlined_from_its_config_alone(tmp_path: Path)
         num_hidden_layers=32,
         num_attention_heads=32,
     ).save_pretrained(tmp_path)
-    outline = outline_backbone(tmp_path, torch.float16)
-    assert outline is not None
-    assert outline.weight_bytes == pytest.approx(2 * 6_738_415_616, rel=1e-6)  # and the rotary tables
-    assert outline.cache_shape.bytes_per_token(torch.float16) == 2 * 32 * 4096 * 2
+    meta = build_meta_backbone(tmp_path, torch.float16)
+    assert meta is not None
+    assert meta.weight_bytes == pytest.approx(2 * 6_738_415_616, rel=1e-6)  # and the rotary tables
+    assert meta.cache_shape.bytes_per_token(torch.float16) == 2 * 32 * 4096 * 2
 
 
-def test_an_outline_of_heads_says_nothing_twice(
+def test_meta_heads_log_nothing_twice(
     tiny_model_dir: Path, tiny_backbone: Backbone, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     heads = MedusaHeads.new(
         hidden_size=64, vocab_size=200, num_heads=2, num_layers=1, lm_head_weight=tiny_backbone.lm_head_weight
     )
     save_heads(heads, tmp_path, base_model="tiny")
-    backbone = outline_backbone(tiny_model_dir, torch.float32)
+    backbone = build_meta_backbone(tiny_model_dir, torch.float32)
     assert backbone is not None
-    assert outline_heads(tmp_path, backbone, vocab_size=320, dtype=torch.float32).heads.vocab_size == 200
+    assert build_meta_heads(tmp_path, backbone, vocab_size=320, dtype=torch.float32).heads.vocab_size == 200
     assert "first 200" not in caplog.text
     Engine.from_pretrained(tiny_model_dir, heads=tmp_path, config=CONFIG)
     assert caplog.text.count("know only the first 200 of 320 tokens") == 1
@@ -245,7 +246,7 @@ def test_advice_names_only_what_would_do() -> None:
 
 def test_following_the_advice_makes_it_fit(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(CONFIG, slots=8, prefill_chunk=8)
-    monkeypatch.setattr(loading, "free_memory", lambda device: 2_000_000)
+    monkeypatch.setattr(memory_check, "free_memory", lambda device: 2_000_000)
     with pytest.raises(ConfigError, match="MEDUSA_MAX_LENGTH to at most") as caught:
         Engine.from_pretrained(tiny_model_dir, config=config)
     length = int(str(caught.value).split("MEDUSA_MAX_LENGTH to at most ")[1].split()[0])

@@ -1,4 +1,4 @@
-"""What an engine tells while it starts."""
+"""Loading reports its steps, tensors and downloads."""
 
 import logging
 import shutil
@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from medusa_core.checkpoints import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.engine.engine import Engine
-from medusa_core.loading.progress import Stages
+from medusa_core.loading.progress import LoadProgress
 from medusa_core.model.backbone import load_backbone
 
 
@@ -46,7 +46,7 @@ def test_heads_and_shards_are_told(vicuna_layout_dir: Path, tiny_model_dir: Path
 
 def test_weights_are_counted_while_they_are_read(tiny_model_dir: Path) -> None:
     told: list[str] = []
-    with Stages(told.append).counting_weights(every=0.0):
+    with LoadProgress(told.append).counting_weights(every=0.0):
         load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
     count = len(told)
     assert count > 10
@@ -68,7 +68,7 @@ def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         told.append(text)
         heard.set()
 
-    with Stages(on_stage).downloading("someone/model", every=0.01):
+    with LoadProgress(on_stage).downloading("someone/model", every=0.01):
         assert not heard.wait(0.1)  # nothing grows
         with (blobs / "new.incomplete").open("wb") as file:
             file.truncate(3 * 2**30)  # sparse
@@ -79,11 +79,11 @@ def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["", ".", "./model", "/somewhere/model", "a/b/c"])
 def test_local_models_are_not_watched(name: str) -> None:
-    with Stages().downloading(name, every=0.001):
+    with LoadProgress().downloading(name, every=0.001):
         assert not [thread for thread in threading.enumerate() if thread.name == "download-watch"]
 
 
-def test_a_model_in_the_hubs_cache_is_outlined_and_described(
+def test_a_model_in_the_hubs_cache_is_sized_and_described(
     tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
