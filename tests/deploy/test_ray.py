@@ -19,7 +19,7 @@ import yaml
 from medusa_core.errors import ConfigError
 from server.settings import PREFIX, Settings
 
-pytest.importorskip("ray", reason="Ray is not installed; `make setup` brings it along")
+pytest.importorskip("ray", reason="Ray is not installed; `make setup-dev` brings it along")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "ray"
