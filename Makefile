@@ -9,8 +9,8 @@ TORCH := torch==2.13.0
 # True where .venv runs, from this very directory (scripts of a moved one still call the old place).
 SOUND := $(VENV)/bin/pip --version 2>/dev/null | grep -qF "$(CURDIR)/$(VENV)/" && \
 	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-# Files whose tests share a server or a model stay together; a process each needs about 1.5 GB.
-PYTEST := $(RUN) pytest --numprocesses=auto --maxprocesses=4 --dist=loadscope
+# In as many processes as there are cores, of about 1.5 GB each.
+PYTEST := $(RUN) pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
 
 # Programs of Debian packages that tests run where they can be had.
 DEB_TOOLS := prometheus docker-compose $(addprefix python3-,attr cached-property certifi chardet distro docker \

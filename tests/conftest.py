@@ -34,6 +34,16 @@ TRAINING_LINES = (
     "Your table for two people is booked. Is there anything else I can help you with?",
     "No, thank you, that is everything. Goodbye!",
 )
+# Fixtures that are live servers, each shared by many tests.
+SERVERS = ("shared_server", "logged", "collected", "strict", "monitoring")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a server run in one process; all others in whichever has time (`--dist=loadgroup`)."""
+    for item in items:
+        for server in SERVERS:
+            if server in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(server))
 
 
 @pytest.fixture(scope="session")
