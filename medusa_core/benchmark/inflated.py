@@ -14,7 +14,7 @@ from medusa_core.benchmark.inflate import (
     inflate_model,
     inflate_norm,
 )
-from medusa_core.checkpoints.parameters import weights_of
+from medusa_core.checkpoints.modules import weights_of
 from medusa_core.checkpoints.weights import Linear
 from medusa_core.config import EngineConfig
 from medusa_core.draft.heads import DraftHeads

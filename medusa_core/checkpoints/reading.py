@@ -12,8 +12,7 @@ from transformers import PreTrainedConfig
 
 from medusa_core.checkpoints.head_files import HeadFile, read_heads
 from medusa_core.checkpoints.hydra_format import parse_hydra
-from medusa_core.checkpoints.keys import MODELOPT_PREFIX, is_vllm_key
-from medusa_core.checkpoints.medusa_format import parse_medusa
+from medusa_core.checkpoints.medusa_format import MODELOPT_PREFIX, is_vllm_key, parse_medusa
 from medusa_core.checkpoints.modules import Fit, build_heads
 from medusa_core.checkpoints.quantized import dequantize
 from medusa_core.checkpoints.weights import HeadWeights, Linear, MedusaWeights

@@ -5,7 +5,7 @@ import json
 import pickle  # for the name of an error alone  # nosec B403
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,6 @@ UNPICKLING_FAILURES = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError, AssertionError),
     *(TypeError, AttributeError, ArithmeticError, MemoryError),
 )
-
-KeyFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +71,30 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
-    """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU, else `CheckpointError`."""
+def read_tensors(path: Path, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+    """The wanted tensors (None: all) of one `.safetensors`, `.pt` or `.bin` file, on the CPU.
+
+    Raises `CheckpointError`.
+    """
     if path.suffix != ".safetensors":
-        return {key: value for key, value in _unpickle(path).items() if wanted(key)}
+        return {key: value for key, value in _unpickle(path).items() if wanted is None or key in wanted}
     with _safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+        keys = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in keys}
+
+
+def read_shards(repository: Repository, places: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of these keys, each from the file that an index names for it; no other file is read."""
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = repository.fetch(name)
+        if shard is None:
+            raise CheckpointError(f"{repository.name} lacks {name}, which its index names")
+        tensors |= read_tensors(shard, places)
+    missing = places.keys() - tensors.keys()
+    if missing:
+        raise CheckpointError(f"{repository.name} lacks {min(missing)}, which its index names")
+    return tensors
 
 
 def model_keys(repository: Repository) -> dict[str, str]:

@@ -1,4 +1,5 @@
-"""Writes draft heads as safetensors: Medusa in layout A (B if they share the output layer), Hydra in F.
+"""Writes draft heads as safetensors: Medusa in layout A (B if they share the output layer), Hydra in F, whole
+models with Medusa heads inside in C.
 
 Keys are the published ones, so other servers and the references read them too. Those layouts have no token
 map; ours is one more key, `token_map`.
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_core.checkpoints.hydra_keys import ARCH_MLP, ARCH_PREFIX, PREFIX, written_layout
-from medusa_core.checkpoints.keys import PLAIN, TOKEN_MAP, HeadLayout, Naming
-from medusa_core.checkpoints.parameters import weights_of
+from medusa_core.checkpoints.hydra_format import ARCH_MLP, ARCH_PREFIX, PREFIX, written_layout
+from medusa_core.checkpoints.medusa_format import IN_MODEL, PLAIN, TOKEN_MAP, HeadLayout, Naming
+from medusa_core.checkpoints.modules import medusa_weights, weights_of
+from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads
@@ -124,3 +127,46 @@ def _replace(target: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    heads: MedusaHeads,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Path:
+    """Save a tuned backbone and its heads as one model that transformers, our loader and the reference read.
+
+    Heads are `medusa_head.*` keys in the same (sharded) safetensors as the backbone's, in their own dtype;
+    config.json gains `medusa_num_heads` and `medusa_num_layers`. Adapters must have been merged into `model`.
+    `load_parts(directory, None, ...)` then finds model and heads. Heads of other kinds have no such layout:
+    save them beside the model, with `save_heads`. Returns the directory.
+    """
+    folder = Path(directory)
+    head_tensors = {
+        key: tensor.detach().clone()
+        for key, tensor in medusa_tensors(medusa_weights(heads), IN_MODEL).items()
+    }
+    model.save_pretrained(
+        folder, state_dict=dict(model.state_dict()) | head_tensors, max_shard_size=max_shard_size
+    )
+    _remove_stale(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    config |= {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers}
+    write_json(config_path, config)
+    return folder
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove an earlier save's single file or index: transformers removes old shards, but not these."""
+    name = MODEL_FILES[0]
+    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+    (folder / (name if is_sharded else name + INDEX_SUFFIX)).unlink(missing_ok=True)

@@ -3,8 +3,8 @@
 import json
 from dataclasses import asdict, dataclass
 
-from medusa_core.checkpoints import save_full_model, save_heads
 from medusa_core.checkpoints.head_files import HEAD_FILES, HYDRA_FILES
+from medusa_core.checkpoints.writing import save_full_model, save_heads
 from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads

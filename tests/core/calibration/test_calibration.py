@@ -18,7 +18,7 @@ from medusa_core.calibration.measure import (
     dynamic_meters,
     static_meters,
 )
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration, save_calibration
 from medusa_core.draft.coupling import NOISE_WEIGHT
@@ -26,9 +26,9 @@ from medusa_core.draft.head_drafter import make_drafter
 from medusa_core.draft.heads import DraftHeads, last_of_each
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.draft.tree import make_tree
+from medusa_core.draft.tree_size import TREE_SIZES
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.sampling import gumbel_noise
-from medusa_core.draft.tree_size import TREE_SIZES
 from medusa_core.errors import CapacityError, ConfigError, DataError
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.sampling_params import SamplingParams

@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.cli.calibrate import accuracy_table, size_table
 from medusa_core.cli.main import app
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration

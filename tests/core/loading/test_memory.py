@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from medusa_core.checkpoints import save_full_model, save_heads
+from medusa_core.checkpoints.writing import save_full_model, save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.hydra import HydraHeads, HydraShape
 from medusa_core.draft.medusa import MedusaHeads

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from medusa_core.checkpoints import describe_files
+from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.loading.progress import LoadProgress

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from medusa_core.checkpoints import load_heads
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.model.backbone import Backbone, load_backbone
