@@ -15,29 +15,13 @@ import torch
 from torch import Tensor
 
 from medusa_core.errors import DataError
+from medusa_core.text.rows import BadRows, Messages, read_dialogue, read_rows
 from medusa_core.text.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
-from medusa_core.training.rows import Messages, read_dialogue, read_rows
 
 NO_TARGET = -100  # transformers counts other labels to average the loss over accumulated batches
-REPORTED_ROWS = 20
 ENCODE_BATCH = 1024
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class BadRows:
-    """Counts rows that cannot be used; logs the first of them, or raises with `strict`."""
-
-    strict: bool
-    count: int = 0
-
-    def add(self, place: str, reason: str) -> None:
-        if self.strict:
-            raise DataError(f"{place}: {reason}")
-        self.count += 1
-        if self.count <= REPORTED_ROWS:
-            logger.warning("%s skipped: %s", place, reason)
 
 
 @dataclass(slots=True)
@@ -123,7 +107,7 @@ def _rendered_rows(sources: Iterable[str | Path], chat: ChatTokenizer, bad: BadR
             for rendered in texts:
                 rendered.text.encode()
         except (DataError, UnicodeEncodeError) as error:
-            bad.add(row.place, str(error))
+            bad.add(row.place, error)
         else:
             yield from texts
 

@@ -25,7 +25,7 @@ from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.sampling_params import SamplingParams
-from medusa_core.training.rows import read_dialogue
+from medusa_core.text.rows import read_dialogue
 
 RECORD = {"format": 1, "seed": 0}
 
