@@ -76,7 +76,7 @@ def test_default_prompts(tiny_model_dir: Path, heads_dir: Path) -> None:
         (["--temperatures", "warm"], "temperatures must be numbers separated by commas, not 'warm'"),
         (["--temperatures", "0"], "temperatures must be above 0"),
         (["--max-tokens", "3"], "max_tokens must be at least 8"),
-        (["--prompts", "nosuch.jsonl"], "cannot read prompts from nosuch.jsonl"),
+        (["--prompts", "nosuch.jsonl"], "cannot read nosuch.jsonl"),
         (["--heads", "none"], "no draft heads to calibrate"),
         ([], "no draft heads to calibrate"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),
