@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import typer
 from rich.console import Console
 
-from medusa_core.cli.engine_options import ModelOptions
+from medusa_core.cli.engine_options import ModelOptions, PlainEngine
 from medusa_core.cli.options import with_options
+from medusa_core.cli.output import say
+from medusa_core.config import EngineConfig
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError, DataError
 from medusa_core.option_field import option
@@ -67,17 +69,21 @@ class EndpointOptions:
 
 @with_options
 def distill(
-    context: typer.Context, settings: DistillSettings, endpoint: EndpointOptions, model: ModelOptions
+    context: typer.Context,
+    settings: DistillSettings,
+    endpoint: EndpointOptions,
+    model: ModelOptions,
+    config: PlainEngine,
 ) -> None:
     """Make training text from the model itself: the users of seed dialogues, answered by the model."""
     url = endpoint.endpoint
-    _refuse(context, ModelOptions if url else EndpointOptions, bool(url))
+    _refuse(context, (ModelOptions, EngineConfig) if url else (EndpointOptions,), bool(url))
     logging.getLogger("medusa_core").setLevel(logging.INFO)  # what goes on, where no progress bar shows it
     if url:
         settings = replace(settings, concurrency=endpoint.concurrency)
         report = _ask_endpoint(endpoint.settings(url), settings)
     else:
-        report = _ask_engine(model, settings)
+        report = _ask_engine(model, config, settings)
     _show(report, settings.out)
     if report.failed:
         raise DataError(f"{report.failed} dialogues failed: the same command tries them again")
@@ -94,10 +100,8 @@ def _ask_endpoint(server: EndpointSettings, settings: DistillSettings) -> "Disti
     return _run(settings, {"endpoint": server.url, "model": server.model}, connected)
 
 
-def _ask_engine(model: ModelOptions, settings: DistillSettings) -> "DistillReport":
+def _ask_engine(model: ModelOptions, config: EngineConfig, settings: DistillSettings) -> "DistillReport":
     from medusa_core.distillation.answers import EngineAnswerer
-
-    config = model.engine_config()
 
     @asynccontextmanager
     async def loaded() -> AsyncIterator[EngineAnswerer]:
@@ -138,18 +142,16 @@ def _run(
 
 
 def _show(report: "DistillReport", out: Path) -> None:
-    Console().print(
+    say(
         f"{report.total} seed dialogues: {report.finished} finished before, {report.written} written "
         f"({report.shortened} without their tail), {report.dropped} dropped, {report.failed} failed; "
-        f"{report.bad} rows skipped. {report.answers} answers, {report.tokens} tokens: {out}",
-        highlight=False,
-        soft_wrap=True,
+        f"{report.bad} rows skipped. {report.answers} answers, {report.tokens} tokens: {out}"
     )
 
 
-def _refuse(context: typer.Context, unused: type, has_endpoint: bool) -> None:
+def _refuse(context: typer.Context, unused: tuple[type, ...], has_endpoint: bool) -> None:
     """An option that would do nothing is a mistake; a MEDUSA_ variable may be meant for other commands."""
-    for name in (spec.name for spec in fields(unused)):
+    for name in (spec.name for kind in unused for spec in fields(kind)):
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             reason = "has no effect with --endpoint" if has_endpoint else "needs --endpoint"
