@@ -46,7 +46,7 @@ FROM python:${PYTHON_TAG} AS runtime
 LABEL org.opencontainers.image.title="medusa-server" \
       org.opencontainers.image.description="OpenAI-compatible server that decodes with Medusa draft trees" \
       org.opencontainers.image.licenses="Apache-2.0" \
-      org.opencontainers.image.version="0.1.0"
+      org.opencontainers.image.version="0.2.0"
 RUN groupadd --gid 10001 medusa \
     && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin medusa \
     && install --directory --owner=10001 --group=10001 /models

@@ -14,11 +14,13 @@ import typer
 
 from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.draft import coupling
 from medusa_core.engine.engine import Engine
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 
 TEMPERATURES = (0.3, 0.7, 1.0)
+COUPLED = coupling.NOISE_WEIGHT
 
 
 def acceptance_length(
@@ -47,13 +49,12 @@ def main(
     """Measure each temperature coupled and uncoupled."""
     config = EngineConfig(dtype="float32", measure=False, tree_nodes=tree_nodes)
     engine = Engine.from_pretrained(model, heads=heads, config=config)
-    assert engine.speculation is not None
     chosen = load_prompts(prompts, limit)
     rows = []
     for temperature in TEMPERATURES:
         row: dict[str, float] = {"temperature": temperature}
-        for name, coupled in (("uncoupled", False), ("coupled", True)):
-            engine.speculation.coupled = coupled
+        for name, weight in (("uncoupled", 0.0), ("coupled", COUPLED)):
+            coupling.NOISE_WEIGHT = weight
             row[name] = round(acceptance_length(engine, chosen, temperature, max_tokens), 4)
         row["gain"] = round(row["coupled"] / row["uncoupled"] - 1, 4)
         rows.append(row)

@@ -1,10 +1,11 @@
-"""Token for token in float32: greedy Medusa = baseline = transformers' `generate`; sampled Medusa = baseline.
+"""Token for token: exact speculation = no speculation = transformers' `generate`, for every draft source.
 
-    python benchmarks/exactness.py --prompts held_out.jsonl --limit 200 --json exactness.json
+    python benchmarks/exactness.py --prompts held_out.jsonl --json exactness.json
 
-Every prompt is answered greedily by the baseline, by transformers and with each tree, then sampled at
-T = 0.8, top-p 0.95 and at T = 1.0 by the baseline and with each tree; with every shipped set of heads and
-with random ones of the same kinds.
+In float32 no answer may differ: prompts are answered greedily, at T = 0.8 with top-p 0.95, and at T = 1.0, with no
+speculation and with every shipped set of heads, trained and random, in dynamic, grown and random trees, with
+n-grams alone and with both sources in one tree. With `--dtype bfloat16` the same table tells how often
+rounding flips a near-tie, and how near it was. A JSON file keeps the tables of both.
 """
 
 import copy
@@ -12,7 +13,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,16 +22,37 @@ import typer
 from transformers import PreTrainedModel
 
 from medusa_core.benchmark.bench import machine_facts
+from medusa_core.benchmark.compare import decision_margin
 from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.loading.loader import load_parts
-from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
-from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
+from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.text.prompts import load_prompts
 
 SAMPLING = {"greedy": (0.0, 1.0), "T=0.8 top_p=0.95": (0.8, 0.95), "T=1.0": (1.0, 1.0)}
 SETS = ("medusa-1", "hydra", "hydra++")
 OFF = SpeculationParams(mode=SpeculationMode.OFF)
+QUOTING = Path(__file__).parent / "quoting_prompts.jsonl"  # edits and repetitions, which n-grams draft well
+GREEDY_REFERENCE = "transformers generate"
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to answer: an engine and what it is asked to speculate with."""
+
+    name: str
+    engine: Engine
+    speculation: SpeculationParams
+
+
+@dataclass
+class Row:
+    """How many answers of one way equal those without speculation; the margins of those that do not."""
+
+    same: int = 0
+    of: int = 0
+    margins: tuple[float, ...] = ()
 
 
 def random_tree_file(folder: Path, seed: int, depth: int) -> Path:
@@ -46,24 +68,26 @@ def random_tree_file(folder: Path, seed: int, depth: int) -> Path:
     return file
 
 
-def engines(model: str, sets: list[str], tree_file: Path) -> Iterator[tuple[str, Engine]]:
-    """Engines by what drafts: each set of heads, trained and random, with "static" grown or random."""
-    config = EngineConfig(dtype="float32", measure=False, tree_nodes=16)
-    random_static = replace(config, static_tree=str(tree_file))
+def ways(model: str, sets: list[str], dtype: str, tree_file: Path) -> Iterator[Way]:
+    """Every set of heads, trained and random; only heads differ, the backbone is one for all."""
+    config = EngineConfig(dtype=dtype, measure=False, tree_nodes=16)
+    own_tree = replace(config, static_tree=str(tree_file))
+    both = SpeculationParams(source=DraftSourceName.BOTH)
     backbone: PreTrainedModel | None = None
     for name in sets:
         parts = load_parts(model, name, config)
-        if backbone is None:
-            backbone = parts.backbone.model  # one for all: only the heads differ
-        noise = random_copy(parts.heads)
-        own = (parts.heads, parts.calibration)
-        yield f"{name}", Engine.from_parts(backbone, parts.chat, own[0], config, own[1])
-        yield f"{name}, random tree", Engine.from_parts(backbone, parts.chat, own[0], random_static, own[1])
-        yield f"random {name}", Engine.from_parts(backbone, parts.chat, noise, config)
-        yield (
-            f"random {name}, random tree",
-            Engine.from_parts(backbone, parts.chat, noise, random_static),
-        )
+        backbone = backbone or parts.backbone.model
+        trained = Engine.from_parts(backbone, parts.chat, parts.heads, config, parts.calibration)
+        random_tree = Engine.from_parts(backbone, parts.chat, parts.heads, own_tree, parts.calibration)
+        noise = Engine.from_parts(backbone, parts.chat, random_copy(parts.heads), config)
+        if name == sets[0]:
+            yield Way("n-grams", trained, SpeculationParams(source=DraftSourceName.NGRAM))
+        yield Way(f"{name}, dynamic tree", trained, SpeculationParams())
+        yield Way(f"{name}, grown tree", trained, SpeculationParams(tree="static"))
+        yield Way(f"{name}, random tree", random_tree, SpeculationParams(tree="static"))
+        yield Way(f"{name} and n-grams", trained, both)
+        yield Way(f"random {name}, dynamic tree", noise, SpeculationParams())
+        yield Way(f"random {name} and n-grams", noise, both)
 
 
 def random_copy(heads: Any) -> Any:
@@ -75,54 +99,58 @@ def random_copy(heads: Any) -> Any:
     return noise
 
 
-def trees_of(name: str) -> tuple[str, ...]:
-    return ("static",) if name.endswith("random tree") else ("dynamic", "static")
-
-
 def check_prompt(
-    by_name: dict[str, Engine], ids: list[int], max_tokens: int, seed: int, tally: dict[str, list[int]]
+    all_ways: list[Way], ids: list[int], max_tokens: int, seed: int, table: dict[str, Row]
 ) -> None:
-    """Answer one prompt in every way and count which answers equal the baseline's."""
-    reference = next(iter(by_name.values()))
+    """Answer one prompt in every way and count which answers equal those without speculation."""
+    reference = all_ways[0].engine
     for label, (temperature, top_p) in SAMPLING.items():
         params = SamplingParams(
             max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed, speculation=OFF
         )
-        baseline = engine_runner(reference)(ids, params).token_ids
+        plain = engine_runner(reference)(ids, params).token_ids
         answers = {
-            f"{label}: {name}, {tree}": engine_runner(engine)(
-                ids, replace(params, speculation=SpeculationParams(tree=tree))
-            ).token_ids
-            for name, engine in by_name.items()
-            for tree in trees_of(name)
+            way.name: engine_runner(way.engine)(ids, replace(params, speculation=way.speculation)).token_ids
+            for way in all_ways
         }
         if temperature == 0.0:
-            answers[f"{label}: transformers generate"] = hf_runner(reference)(ids, params).token_ids
-        for key, tokens in answers.items():
-            same, of = tally.setdefault(key, [0, 0])
-            tally[key] = [same + (tokens == baseline), of + 1]
+            answers[GREEDY_REFERENCE] = hf_runner(reference)(ids, params).token_ids
+        for name, tokens in answers.items():
+            row = table.setdefault(f"{label}: {name}", Row())
+            row.of += 1
+            row.same += tokens == plain
+            if tokens != plain:
+                common = next(i for i, (a, b) in enumerate(zip(plain, tokens, strict=False)) if a != b)
+                margin = decision_margin(reference.backbone, [*ids, *plain[:common]], params)
+                row.margins = (*row.margins, round(margin, 4))
 
 
 def main(
-    json_file: Annotated[Path | None, typer.Option("--json")] = None,
-    prompts: Annotated[Path, typer.Option(help="JSONL of objects with `messages`.")] = DEFAULT_PROMPTS,
-    limit: Annotated[int, typer.Option(min=1)] = 200,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Written or added to.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSONL of objects with `messages`.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Of them, beside the prompts that quote.")] = 100,
     max_tokens: Annotated[int, typer.Option(min=2)] = 48,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     model: str = str(EMBEDDED_MODEL),
     heads: Annotated[list[str] | None, typer.Option(help="Sets of heads; repeatable.")] = None,
 ) -> None:
-    """Compare all answers; exit code 1 if any differs."""
-    tally: dict[str, list[int]] = {}
+    """Compare all answers; in float32 exit code 1 if any differs."""
+    chosen = [*load_prompts(*([prompts] if prompts else []), limit=limit), *load_prompts(QUOTING)]
     with tempfile.TemporaryDirectory() as folder:
-        by_name = dict(engines(model, heads or list(SETS), random_tree_file(Path(folder), 5, 4)))
-    chat = next(iter(by_name.values())).chat
-    for seed, prompt in enumerate(load_prompts(prompts, limit)):
-        check_prompt(by_name, chat.render(prompt.messages), max_tokens, seed, tally)
-    result: dict[str, Any] = {"machine": machine_facts(), "identical": tally, "max_tokens": max_tokens}
-    print(json.dumps(tally, indent=2))
+        all_ways = list(ways(model, heads or list(SETS), dtype, random_tree_file(Path(folder), 5, 4)))
+    table: dict[str, Row] = {}
+    for seed, prompt in enumerate(chosen):
+        ids = all_ways[0].engine.chat_tokenizer.render(prompt.messages)
+        check_prompt(all_ways, ids, max_tokens, seed, table)
+    rows = {name: {"same": row.same, "of": row.of, "margins": row.margins} for name, row in table.items()}
+    different = sum(row.of - row.same for row in table.values())
+    print(json.dumps(rows, indent=2))
+    print(f"{dtype}: {different} of {sum(row.of for row in table.values())} answers differ")
     if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if any(same != of for same, of in tally.values()):
+        known = json.loads(json_file.read_text()) if json_file.exists() else {}
+        known[dtype] = {"machine": machine_facts(), "max_tokens": max_tokens, "answers": rows}
+        json_file.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+    if different and dtype == "float32":
         raise typer.Exit(1)
 
 

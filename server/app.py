@@ -17,13 +17,15 @@ from server import errors
 from server.errors import ApiError
 from server.http.auth import RequireKey, load_keys
 from server.http.limits import BodyRefused, RequestLimits, handle_body_refused
-from server.http.middleware import RequestContext, ShapeCrashes
+from server.http.middleware import RequestContextMiddleware, ShapeCrashes
 from server.http.operations import serve_operations
 from server.http.sockets import bind
 from server.pipeline.responses import CLIENT_CLOSED, error_response
 from server.routes import chat, health, metrics, models
 from server.runtime import Runtime
 from server.settings import Settings, split_list
+
+ENDPOINTS = (("POST", "/v1/chat/completions"), ("GET", "/v1/models"))
 
 
 def create_app(settings: Settings) -> FastAPI:
@@ -64,7 +66,7 @@ def _add_layers(app: FastAPI, runtime: Runtime) -> None:
             allow_headers=("*",),
             expose_headers=("x-request-id", "retry-after", "x-should-retry"),
         )
-    app.add_middleware(RequestContext, metrics=runtime.metrics, tracing=runtime.tracing)
+    app.add_middleware(RequestContextMiddleware, metrics=runtime.metrics, tracing=runtime.tracing)
 
 
 @asynccontextmanager
@@ -113,7 +115,8 @@ async def _handle_http_exception(request: Request, error: Exception) -> Response
     line = f"{request.method} {request.url.path}"
     match error.status_code:
         case HTTPStatus.NOT_FOUND:
-            refusal = ApiError(404, f"Invalid URL ({line}).", code="unknown_url")
+            hint = _hint(request)
+            refusal = ApiError(404, f"Invalid URL ({line}).{hint}", code="unknown_url")
         case HTTPStatus.METHOD_NOT_ALLOWED:
             refusal = ApiError(405, f"Method not allowed ({line}).", code="method_not_allowed")
         case status:
@@ -122,3 +125,13 @@ async def _handle_http_exception(request: Request, error: Exception) -> Response
     if error.headers is not None and "Allow" in error.headers:
         response.headers["Allow"] = error.headers["Allow"]
     return response
+
+
+def _hint(request: Request) -> str:
+    """The route that was probably meant: clients forget `/v1`, or add a slash."""
+    path = request.url.path.strip("/")
+    meant = path if path.startswith("v1/") else f"v1/{path}"
+    for method, name in ENDPOINTS:
+        if name == f"/{meant}" and name != request.url.path:
+            return f" Did you mean {method} {name}?"
+    return ""

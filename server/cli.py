@@ -1,6 +1,7 @@
 """The console script `medusa`: the core's commands, and `serve`."""
 
 import logging
+from enum import StrEnum
 from inspect import Parameter
 from typing import Annotated, Any, get_args
 
@@ -44,8 +45,10 @@ def _shown_default(field: FieldInfo) -> str | bool:
 
 
 def _metavar(annotation: Any) -> str:
-    """A word for the type: the first of a union, the members of a literal."""
+    """A word for the type: the first of a union, the members of a literal or of an enum of words."""
     kinds = get_args(annotation) or (annotation,)
+    if isinstance(kinds[0], type) and issubclass(kinds[0], StrEnum):
+        kinds = tuple(kinds[0])
     if all(isinstance(kind, str) for kind in kinds):
         return "|".join(kinds)
     kind = getattr(kinds[0], "__origin__", kinds[0])  # of Annotated

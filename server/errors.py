@@ -18,6 +18,11 @@ CODE_BY_VALIDATION_TYPE = {
     "unsupported_value": "unsupported_value",
     "unsupported_parameter": "unsupported_parameter",
 }
+PYTHON_WORDS = {
+    "a valid dictionary": "an object",
+    "a valid list": "an array",
+    " or object to extract fields from": "",
+}
 
 
 class ApiError(Exception):
@@ -179,8 +184,15 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
         case "unsupported_parameter":
             message = f"Unsupported parameter: '{name}'."
         case _:
-            message = f"Invalid value for '{name}': {_cut(str(first['msg']))}."
+            message = f"Invalid value for '{name}': {_cut(_in_json_words(kind, str(first['msg'])))}."
     return invalid(message, param=name, code=code)
+
+
+def _in_json_words(kind: str, message: str) -> str:
+    """pydantic's message for somebody who writes JSON: its own kinds of value, and its quotes."""
+    for python, json in PYTHON_WORDS.items():
+        message = message.replace(python, json)
+    return message.replace("'", '"') if kind in ("enum", "literal_error") else message
 
 
 def without_paths(text: str) -> str:

@@ -1,16 +1,17 @@
-"""What a running server consists of, and its life: starting, serving, draining, stopped."""
+"""The parts of a running server, and its life: starting, serving, draining, stopped."""
 
 import asyncio
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import msgspec
 
-from medusa_core.errors import MedusaError
-from medusa_core.sampling_params import SpeculationMode
+from medusa_core.errors import ConfigError, MedusaError
+from medusa_core.model_info import ModelInfo
+from medusa_core.sampling_params import DraftSourceName
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from server import errors
 from server.observability.metrics import ServerMetrics
@@ -19,23 +20,12 @@ from server.observability.tracing import build_tracing
 from server.pipeline.executor import DaemonExecutor
 from server.pipeline.prompts import PromptBuilder
 from server.settings import Settings
-from server.workers.messages import ModelInfo
 from server.workers.pool import WorkerPool
 from server.workers.scheduler import Scheduler
 from server.workers.supervisor import PoolPolicy
 from server.workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedModel:
-    """The served model once tokenizer and a worker are there."""
-
-    chat: ChatTokenizer
-    info: ModelInfo
-    prompts: PromptBuilder
-    fingerprint: str
 
 
 class Runtime:
@@ -53,7 +43,8 @@ class Runtime:
             metrics=self.metrics,
             max_marks=0 if self.tracing is None else MAX_MARKS,
         )
-        self.model: LoadedModel | None = None
+        self.prompts: PromptBuilder | None = None  # with the model's description, once it has loaded
+        self.fingerprint = ""
         self.start_error: MedusaError | None = None
         self.is_draining = False
         self.is_drained = False
@@ -104,17 +95,17 @@ class Runtime:
         if self.is_draining:
             return "the server is shutting down"
         reason = self.pool.why_not_ready()
-        if reason is None and self.model is None:
+        if reason is None and self.prompts is None:
             return "the tokenizer is loading"
         return reason
 
-    def require_model(self) -> LoadedModel:
-        """The model; raises a 503 `ApiError` while it loads and when the server is going down."""
+    def require_prompts(self) -> PromptBuilder:
+        """What prepares requests. Raises a 503 `ApiError` while the model loads and during a drain."""
         if self.is_draining:
             raise _shutting_down()
-        if self.model is None:
+        if self.prompts is None:
             raise errors.unavailable("The model is loading.", "model_loading")
-        return self.model
+        return self.prompts
 
     def start_drain(self) -> None:
         """Refuse new requests; `is_drained` follows once the accepted ones have ended or the time is up."""
@@ -146,12 +137,13 @@ class Runtime:
         started = time.monotonic()
         try:
             loop = asyncio.get_running_loop()
-            chat, served = await asyncio.gather(
+            chat, info = await asyncio.gather(
                 loop.run_in_executor(
                     self._executor, load_chat_tokenizer, self.settings.model, self.settings.chat_template
                 ),
                 self.pool.start(),
             )
+            self._open(chat, info)
         except MedusaError as error:
             self.start_error = error
             return
@@ -160,25 +152,30 @@ class Runtime:
             what = f"the tokenizer of {self.settings.model}"
             self.start_error = MedusaError(f"cannot load {what}: {type(error).__name__}: {error}")
             return
-        self.model = LoadedModel(
-            chat=chat,
-            info=served.info,
-            prompts=PromptBuilder(
-                chat=chat,
-                info=served.info,
-                defaults=served.defaults,
-                default_mode=SpeculationMode(self.settings.speculation),
-                executor=self._executor,
-                timeout=self.settings.request_timeout,
-            ),
-            fingerprint="fp_" + hashlib.sha256(msgspec.json.encode(served.info)).hexdigest()[:12],
-        )
-        self.metrics.describe_model(served.info)
         logger.info(
-            "model %s ready after %.1f s: %s",
-            self.model_name,
+            "ready after %.1f s: %s",
             time.monotonic() - started,
-            served.info,
+            summary(self.model_name, info),
+            extra={"model_info": asdict(info)},
+        )
+
+    def _open(self, chat: ChatTokenizer, info: ModelInfo) -> None:
+        """Take requests from here on."""
+        source = self.settings.speculation_source
+        if source is not DraftSourceName.HEADS and source not in info.sources:
+            raise ConfigError(
+                f"MEDUSA_SPECULATION_SOURCE (--speculation-source) is {source}, but this model has no such "
+                "draft source"
+            )
+        self.fingerprint = fingerprint(info)
+        self.metrics.describe_model(info)
+        self.prompts = PromptBuilder(
+            chat=chat,
+            info=info,
+            default_mode=self.settings.speculation,
+            default_source=source,
+            executor=self._executor,
+            timeout=self.settings.request_timeout,
         )
 
     async def _drain(self) -> None:
@@ -196,3 +193,23 @@ class Runtime:
 
 def _shutting_down() -> errors.ApiError:
     return errors.unavailable("The server is shutting down.", "shutting_down")
+
+
+def fingerprint(info: ModelInfo) -> str:
+    """Names what decides the answers. The expected speedup, measured anew at each start, does not."""
+    digest = hashlib.sha256(msgspec.json.encode(replace(info, expected_speedup=None)))
+    return "fp_" + digest.hexdigest()[:12]
+
+
+def summary(name: str, info: ModelInfo) -> str:
+    """One line for people."""
+    heads = f"{info.num_heads} heads of {info.heads}" if info.heads else "no draft heads"
+    parts = [
+        f"{name} with {heads}",
+        f"{info.dtype} on {info.device}",
+        f"tree of {info.tree_nodes} nodes" if info.tree_nodes > 1 else "no draft tree",
+        f"{info.slots} slot" + ("" if info.slots == 1 else "s"),
+    ]
+    if info.expected_speedup is not None:
+        parts.append(f"about {info.expected_speedup:.1f}x plain decoding expected")
+    return ", ".join(parts)

@@ -1,4 +1,4 @@
-"""Listening sockets and a uvicorn server that drains on SIGTERM before it shuts down."""
+"""Runs the application in a uvicorn server that drains on SIGTERM before it shuts down."""
 
 import contextlib
 import logging
@@ -52,6 +52,11 @@ class DrainingServer(uvicorn.Server):
         has_ended = self._runtime.is_drained or self._runtime.start_error is not None or self.force_exit
         return await super().on_tick(counter) or has_ended
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or () if self.started else ():
+            logger.info("listening on http://%s:%d", *listener.getsockname()[:2])
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         if self.force_exit:
             self._runtime.end_requests()
@@ -102,7 +107,6 @@ def serve(settings: Settings) -> None:
     app = create_app(settings)
     runtime: Runtime = app.state.runtime
     server = build_server(app)
-    logger.info("listening on http://%s:%d", settings.host, listener.getsockname()[1])
     try:
         server.run(sockets=[listener])
     finally:

@@ -11,13 +11,15 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.errors import ConfigError
+from medusa_core.sampling_params import DraftSourceName, SpeculationMode
 
 PREFIX = "MEDUSA_"
 SHOWN_DEFAULT = "shown_default"  # key of what help says instead of a field's default
 EMBEDDED_NAME = "medusa-demo"
 
 Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+MAX_SECONDS = 1e6
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -65,7 +67,7 @@ class Settings(BaseSettings):
     load_timeout: Seconds = Field(
         1800.0, description="Seconds without progress before a loading worker counts as hung."
     )
-    keepalive: Annotated[float, Field(ge=0, le=1e6)] = Field(
+    keepalive: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = Field(
         10.0, description="Seconds between keep-alive comments in a stream; 0 sends none."
     )
     send_timeout: Seconds = Field(
@@ -90,8 +92,12 @@ class Settings(BaseSettings):
     memory_check: bool = Field(
         True, description="Refuse to load a model that does not fit the device's free memory."
     )
-    speculation: Literal["exact", "typical", "off"] = Field(
-        "exact", description="Mode of requests that name none. 'typical' is not lossless."
+    speculation: SpeculationMode = Field(
+        SpeculationMode.EXACT, description="Mode of requests that name none. 'typical' is not lossless."
+    )
+    speculation_source: DraftSourceName = Field(
+        DraftSourceName.HEADS,
+        description="Draft source of requests that name none: the heads, n-grams of the text, or both.",
     )
     restart_limit: int = Field(
         5, ge=0, le=1000, description="Worker restarts in a row without a completed step."

@@ -1,8 +1,13 @@
 """Small seeded models and tokenizers shared by every test, in the layouts real repositories have."""
 
+import contextlib
 import json
 import os
+import socket
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Before these libraries are imported, as they read it only then. One thread a process, since several test
 # processes share two cores; and no retries of a network that is not there.
@@ -34,6 +39,36 @@ TRAINING_LINES = (
     "Your table for two people is booked. Is there anything else I can help you with?",
     "No, thank you, that is everything. Goodbye!",
 )
+# Fixtures that are live servers, each shared by many tests.
+SERVERS = ("shared_server", "logged", "collected", "strict", "monitoring")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a server run in one process; all others in whichever has time (`--dist=loadgroup`)."""
+    for item in items:
+        for server in SERVERS:
+            if server in getattr(item, "fixturenames", ()):
+                item.add_marker(pytest.mark.xdist_group(server))
+
+
+def eventually(
+    condition: Callable[[], Any],
+    timeout: float = 30.0,
+    problem: str | Callable[[], str] = "timed out waiting",
+) -> Any:
+    """The condition's first true value; fails the test if there is none in time."""
+    deadline = time.monotonic() + timeout
+    while not (value := condition()):
+        assert time.monotonic() < deadline, problem() if callable(problem) else problem
+        time.sleep(0.02)
+    return value
+
+
+def free_ports(count: int) -> list[int]:
+    """Different ones that nobody listens on."""
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="session")

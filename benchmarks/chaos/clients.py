@@ -36,11 +36,6 @@ async def plain(world: World) -> Sequence[Outcome]:
 
 
 async def stream(world: World) -> Sequence[Outcome]:
-    outcome, _ = await ask_stream(world, world.body())
-    return [outcome]
-
-
-async def stream_with_usage(world: World) -> Sequence[Outcome]:
     body = world.body(stream_options={"include_usage": True})
     outcome, answer = await ask_stream(world, body)
     if answer is not None and not 0 <= (answer.tokens or 0) <= body["max_tokens"]:
@@ -170,7 +165,6 @@ CLIENTS: Mapping[str, Client] = {
     for client in (
         plain,
         stream,
-        stream_with_usage,
         seeded,
         abort,
         abort_stream,
@@ -185,8 +179,7 @@ CLIENTS: Mapping[str, Client] = {
 # How often each is dealt; a deck of these is shuffled again whenever it is empty.
 WEIGHTS: Mapping[str, int] = {
     "plain": 6,
-    "stream": 6,
-    "stream_with_usage": 3,
+    "stream": 9,
     "seeded": 6,
     "abort": 4,
     "abort_stream": 4,

@@ -9,7 +9,6 @@ from chaos.server_process import Sample
 
 MIB = 2**20
 MIN_SAMPLES = 20
-KEPT_SAMPLES = 240  # in the report
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +50,3 @@ def worker_slopes(samples: Sequence[Sample], warm_up: float, least_seconds: floa
             if slope is not None:
                 slopes[pid] = slope
     return slopes
-
-
-def thin_out(samples: Sequence[Sample], most: int = KEPT_SAMPLES) -> list[Sample]:
-    """At most `most` of them, evenly."""
-    step = -(-len(samples) // most) or 1
-    return list(samples[::step])

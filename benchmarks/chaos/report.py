@@ -1,5 +1,6 @@
-"""A soak's report: JSON to keep, a table to read."""
+"""A soak's report, in plain types."""
 
+import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,12 +8,8 @@ from statistics import median, quantiles
 from typing import Any
 
 import psutil
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from chaos.judge import SoakRun
-from chaos.memory import MIB, thin_out
 from chaos.outcomes import Kind
 
 LOG_END = 6000  # characters of the server's log, kept where something failed
@@ -59,36 +56,10 @@ def machine_facts() -> dict[str, Any]:
     }
 
 
-def print_report(report: dict[str, Any], console: Console) -> None:
-    """For people."""
-    table = Table(title=f"{report['requests']} requests")
-    table.add_column("class")
-    for kind in Kind:
-        table.add_column(kind.value, justify="right")
-    for name, ends in report["classes"].items():
-        table.add_row(name, *(str(ends.get(kind, "")) for kind in Kind))
-    console.print(table)
-    faults = ", ".join(f"{count} {kind}" for kind, count in report["faults"].items())
-    console.print(f"faults: {faults or 'none'}; worker restarts: {report['worker_restarts']:g}")
-    for kind, seconds in report["recovery_seconds"].items():
-        console.print(
-            f"ready again after a {kind}: {seconds['median']} s (median), {seconds['most']} s (most)"
-        )
-    health = report["health_seconds"]
-    console.print(
-        f"GET /health: {health['median']} s (median), {health['p99']} s (p99), {health['most']} s (most)"
-    )
-    memory = report["memory"]
-    for name, slope in [("API process", memory["api"]), *(("worker", slope) for slope in memory["workers"])]:
-        if slope is not None:
-            console.print(
-                f"memory of the {name}: {slope['value']:+.2f} MiB a minute "
-                f"({slope['low']:+.2f} to {slope['high']:+.2f}) over {slope['minutes']:.1f} minutes"
-            )
-    console.print(f"idle before the load: {report['level_before']}, after: {report['level_after']}")
-    for failure in [*report["failures"], *report["failed_requests"]]:
-        console.print(f"[red]{escape(failure[:2000])}[/red]")
-    console.print("[green]passed[/green]" if report["passed"] else "[red]failed[/red]")
+def summary(report: dict[str, Any]) -> str:
+    """For people: all but what fills pages."""
+    shown = {key: value for key, value in report.items() if key not in ("details", "settings")}
+    return json.dumps(shown, indent=1)
 
 
 def _health(seconds: Sequence[float]) -> dict[str, float]:
@@ -97,20 +68,5 @@ def _health(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def _memory(run: SoakRun) -> dict[str, Any]:
-    samples = thin_out(run.samples)
     api = run.api_slope
-    return {
-        "api": api and asdict(api),
-        "workers": [asdict(slope) for slope in run.worker_slopes],
-        "columns": ["seconds", "api MiB", "worker MiB", "descriptors", "threads"],
-        "samples": [
-            [
-                round(sample.at),
-                round(sample.rss / MIB, 1),
-                round(sum(sample.workers.values()) / MIB, 1),
-                sample.fds,
-                sample.threads,
-            ]
-            for sample in samples
-        ],
-    }
+    return {"api": api and asdict(api), "workers": [asdict(slope) for slope in run.worker_slopes]}

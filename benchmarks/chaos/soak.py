@@ -30,13 +30,12 @@ class SoakSettings:
     concurrency: int
     slots: int
     queue_limit: int
-    kill_interval: float
-    calm: float
-    stall_timeout: float
-    load_timeout: float
-    request_timeout: float
-    send_timeout: float
-    dtype: str
+    kill_interval: float = 52.0  # on average
+    calm: float = 0.12
+    stall_timeout: float = 4.0
+    load_timeout: float = 30.0
+    request_timeout: float = 60.0
+    send_timeout: float = 4.0
     warm_up: float = 15.0
     body_limit: int = 2**20
     body_timeout: float = 5.0
@@ -48,7 +47,7 @@ class SoakSettings:
         """Of `medusa serve`."""
         return {
             "served_name": SERVED_NAME,
-            "dtype": self.dtype,
+            "dtype": "float32",  # in which texts are bound to be the same
             "slots": self.slots,
             "queue_limit": self.queue_limit,
             "stall_timeout": self.stall_timeout,

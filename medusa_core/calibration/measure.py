@@ -95,7 +95,9 @@ class LengthMeter:
         lengths = []
         for start in range(0, len(truth_ND), POSITIONS_AT_ONCE):
             part = slice(start, start + POSITIONS_AT_ONCE)
-            tree = self._drafter.draft(observed.hidden_NE[part], observed.roots_N[part], self._taus)
+            tree = self._drafter.draft(
+                observed.hidden_NE[part], observed.roots_N[part], self._taus, 0.0, None
+            )
             right = tree.tokens_BT == truth_ND[part].gather(1, tree.depths_BT)
             best = longest_path(right, tree.ancestors_BTT, tree.depths_BT, tree.max_depth)
             lengths.append(1 + best.count_B)

@@ -3,8 +3,9 @@
 Shapes: B rows, E hidden size, P positions, V vocabulary.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,87 +20,18 @@ from medusa_core.draft.static import StaticDrafter, StaticLevelDrafter
 from medusa_core.draft.tree import Tree
 from medusa_core.errors import ConfigError
 
-
-class HeadDrafter(Protocol):
-    """Fills trees of at most `size` nodes (root included) and `max_depth` levels."""
-
-    @property
-    def size(self) -> int: ...
-
-    @property
-    def max_depth(self) -> int: ...
-
-    def draft(
-        self,
-        hidden_BE: Tensor,
-        roots_B: Tensor,
-        taus: tuple[float, ...],
-        temperature: float = 0.0,
-        noise_BPV: Tensor | None = None,
-    ) -> DraftTree:
-        """`hidden_BE`: what the heads returned when they last `read`; `noise_BPV`: the target's, per depth.
-
-        `taus` turn each head's scores into probabilities.
-        """
+Draft = Callable[[Tensor, Tensor, tuple[float, ...], float, Tensor | None], DraftTree]
+"""hidden states [B, E] that the heads `read`, roots [B], taus that make each head's scores probabilities, the
+temperature, and the target's noise [B, P, V], a row per depth -> a tree."""
 
 
 @dataclass(frozen=True, slots=True)
-class ParallelDrafter:
-    """For heads that draft all depths at once."""
+class HeadDrafter:
+    """Fills trees of `size` nodes (root included) and at most `max_depth` levels."""
 
-    heads: ParallelHeads
-    filler: StaticDrafter | DynamicDrafter
-
-    @property
-    def size(self) -> int:
-        return self.filler.size
-
-    @property
-    def max_depth(self) -> int:
-        return self.filler.max_depth
-
-    def draft(
-        self,
-        hidden_BE: Tensor,
-        roots_B: Tensor,
-        taus: tuple[float, ...],
-        temperature: float = 0.0,
-        noise_BPV: Tensor | None = None,
-    ) -> DraftTree:
-        logits = self.heads.draft_logits(hidden_BE)[:, : self.max_depth]
-        token_map = self.heads.token_map
-        tree = self.filler.draft(couple(logits, temperature, noise_BPV, token_map), roots_B, taus)
-        if token_map is None:
-            return tree
-        drafted = token_map[tree.tokens_BT[:, 1:]]
-        return replace(tree, tokens_BT=torch.cat([tree.tokens_BT[:, :1], drafted], dim=1))
-
-
-@dataclass(frozen=True, slots=True)
-class SequentialDrafter:
-    """For heads that are asked level by level, as they see the path."""
-
-    heads: SequentialHeads
-    filler: StaticLevelDrafter | DynamicLevelDrafter
-
-    @property
-    def size(self) -> int:
-        return self.filler.size
-
-    @property
-    def max_depth(self) -> int:
-        return self.filler.max_depth
-
-    def draft(
-        self,
-        hidden_BE: Tensor,
-        roots_B: Tensor,
-        taus: tuple[float, ...],
-        temperature: float = 0.0,
-        noise_BPV: Tensor | None = None,
-    ) -> DraftTree:
-        scores = LevelScores(self.heads, hidden_BE, temperature, noise_BPV)
-        return self.filler.draft(scores, roots_B, taus)
+    size: int
+    max_depth: int
+    draft: Draft
 
 
 def make_drafter(heads: DraftHeads, shape: Tree | int, device: torch.device) -> HeadDrafter:
@@ -108,11 +40,46 @@ def make_drafter(heads: DraftHeads, shape: Tree | int, device: torch.device) -> 
     Fewer where the heads cannot name so many. Raises `ConfigError` for what is no kind of heads.
     """
     if isinstance(heads, SequentialHeads):
-        if isinstance(shape, Tree):
-            return SequentialDrafter(heads, StaticLevelDrafter(shape, device))
-        return SequentialDrafter(heads, DynamicLevelDrafter(shape, heads.num_heads, heads.vocab_size))
+        by_level = (
+            StaticLevelDrafter(shape, device)
+            if isinstance(shape, Tree)
+            else DynamicLevelDrafter(shape, heads.num_heads, heads.vocab_size)
+        )
+        return HeadDrafter(by_level.size, by_level.max_depth, partial(_draft_by_level, heads, by_level))
     if isinstance(heads, ParallelHeads):
-        if isinstance(shape, Tree):
-            return ParallelDrafter(heads, StaticDrafter(shape, device))
-        return ParallelDrafter(heads, DynamicDrafter(shape, heads.num_heads, heads.vocab_size, device))
+        at_once = (
+            StaticDrafter(shape, device)
+            if isinstance(shape, Tree)
+            else DynamicDrafter(shape, heads.num_heads, heads.vocab_size, device)
+        )
+        return HeadDrafter(at_once.size, at_once.max_depth, partial(_draft_at_once, heads, at_once))
     raise ConfigError(f"{type(heads).__name__} drafts neither all depths at once nor level by level")
+
+
+def _draft_at_once(
+    heads: ParallelHeads,
+    filler: StaticDrafter | DynamicDrafter,
+    hidden_BE: Tensor,
+    roots_B: Tensor,
+    taus: tuple[float, ...],
+    temperature: float = 0.0,
+    noise_BPV: Tensor | None = None,
+) -> DraftTree:
+    logits = heads.draft_logits(hidden_BE)[:, : filler.max_depth]
+    tree = filler.draft(couple(logits, temperature, noise_BPV, heads.token_map), roots_B, taus)
+    if heads.token_map is None:
+        return tree
+    drafted = heads.token_map[tree.tokens_BT[:, 1:]]
+    return replace(tree, tokens_BT=torch.cat([tree.tokens_BT[:, :1], drafted], dim=1))
+
+
+def _draft_by_level(
+    heads: SequentialHeads,
+    filler: StaticLevelDrafter | DynamicLevelDrafter,
+    hidden_BE: Tensor,
+    roots_B: Tensor,
+    taus: tuple[float, ...],
+    temperature: float = 0.0,
+    noise_BPV: Tensor | None = None,
+) -> DraftTree:
+    return filler.draft(LevelScores(heads, hidden_BE, temperature, noise_BPV), roots_B, taus)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from medusa_core.draft.head_module import HeadModule, initial_rows
 from medusa_core.draft.heads import TrainingBatch, last_of_each
-from medusa_core.draft.medusa import output_rows
 from medusa_core.draft.prefix import PrefixLayer
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 
@@ -32,23 +32,14 @@ class HydraShape:
     hidden_size: int
     vocab_size: int
 
-    def __post_init__(self) -> None:
-        if self.num_heads < 1 or self.num_layers < 1:
-            raise ValueError(
-                f"heads need at least one head and one layer, not {self.num_heads} and {self.num_layers}"
-            )
 
+class HydraHeads(HeadModule):
+    """Hydra heads: a `HeadModule` with biased output layers behind first blocks that see the path.
 
-class HydraHeads(nn.Module):
-    """K heads of L layers, each with an output layer and bias, or one output layer shared with the backbone.
-
-    `first_weights[i]` [2, E, (i+2)E] and `first_biases[i]` [2, E] stack W over R; `block_weights` hold L - 1
-    tensors [K, E, E]. `embed` belongs to the backbone: neither trained nor saved here. `dropout` applies
-    before every layer, in training only.
+    `first_weights[i]` [2, E, (i+2)E] and `first_biases[i]` [2, E] stack W over R; the other L - 1 layers are
+    blocks. `embed` belongs to the backbone: neither trained nor saved here. `dropout` applies before every
+    layer, in training only.
     """
-
-    shared_output_VE: Tensor | None
-    token_map_V: Tensor | None
 
     def __init__(
         self,
@@ -62,7 +53,14 @@ class HydraHeads(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        super().__init__()
+        super().__init__(
+            (shape.num_heads, shape.num_layers, shape.hidden_size, shape.vocab_size),
+            shape.num_layers - 1,
+            shared_output=shared_output,
+            token_map=token_map,
+            dtype=dtype,
+            device=device,
+        )
         self.shape = shape
         # A method: the module itself would become a part of this one, and be trained and saved along.
         self._embed = embed.forward if isinstance(embed, nn.Module) else embed
@@ -72,22 +70,10 @@ class HydraHeads(nn.Module):
         def zeros(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
 
-        heads, hidden, blocks = shape.num_heads, shape.hidden_size, range(shape.num_layers - 1)
+        heads, hidden = shape.num_heads, shape.hidden_size
         self.first_weights = nn.ParameterList(zeros(2, hidden, (k + 2) * hidden) for k in range(heads))
         self.first_biases = nn.ParameterList(zeros(2, hidden) for _ in range(heads))
-        self.block_weights = nn.ParameterList(zeros(heads, hidden, hidden) for _ in blocks)
-        self.block_biases = nn.ParameterList(zeros(heads, hidden) for _ in blocks)
-        shared = None
-        if shared_output is not None:
-            shared = output_rows(shared_output, shape.vocab_size, token_map).to(device, dtype)
-        self.register_buffer("shared_output_VE", shared, persistent=False)
-        own_map = None if token_map is None else token_map.to(device=device, dtype=torch.long)
-        self.register_buffer("token_map_V", own_map, persistent=False)
-        self.output_KVE: nn.Parameter | None = None
-        self.output_bias_KV: nn.Parameter | None = None
-        if shared is None:
-            self.output_KVE = zeros(heads, shape.vocab_size, hidden)
-            self.output_bias_KV = zeros(heads, shape.vocab_size)
+        self.output_bias_KV = None if self.is_shared else zeros(heads, shape.vocab_size)
 
     @classmethod
     def new(
@@ -105,11 +91,7 @@ class HydraHeads(nn.Module):
 
         They start by passing h on to a copy of the backbone's output layer (or that layer, if `shared`).
         """
-        rows = output_rows(lm_head_weight, shape.vocab_size, token_map)
-        if rows.shape != (shape.vocab_size, shape.hidden_size):
-            raise ValueError(
-                f"lm_head {tuple(lm_head_weight.shape)} lacks {shape.vocab_size} rows of {shape.hidden_size}"
-            )
+        rows = initial_rows(lm_head_weight, shape.vocab_size, shape.hidden_size, token_map)
         heads = cls(
             shape,
             embed=embed,
@@ -120,37 +102,11 @@ class HydraHeads(nn.Module):
             dtype=rows.dtype,
             device=rows.device,
         )
+        heads.start_from(rows)
         with torch.no_grad():
             for weight in heads.first_weights:
                 weight[1, :, : shape.hidden_size].fill_diagonal_(1.0)
-            if heads.output_KVE is not None:
-                heads.output_KVE.copy_(rows.expand_as(heads.output_KVE))
         return heads
-
-    @property
-    def num_layers(self) -> int:
-        """L, the first block included."""
-        return self.shape.num_layers
-
-    @property
-    def num_heads(self) -> int:
-        """K, the greatest depth of a tree these heads can fill."""
-        return self.shape.num_heads
-
-    @property
-    def vocab_size(self) -> int:
-        """V, output rows; may be fewer than the backbone's."""
-        return self.shape.vocab_size
-
-    @property
-    def token_map(self) -> Tensor | None:
-        """Token id [V] of each output row; None: they are the same."""
-        return self.token_map_V
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the output layer is the backbone's."""
-        return self.output_KVE is None
 
     @property
     def cache_shape(self) -> CacheShape | None:
@@ -197,29 +153,12 @@ class HydraHeads(nn.Module):
             firsts.append(
                 self._first(head, self._drop(torch.cat([hidden_NE[source_N], embedded_NX], dim=-1)))
             )
-        rows_KNE = torch.stack(firsts)
-        for weight, bias in zip(self.block_weights, self.block_biases, strict=True):
-            weight, bias = weight.to(rows_KNE.dtype), bias.to(rows_KNE.dtype)
-            inner = torch.baddbmm(bias[:, None], self._drop(rows_KNE), weight.transpose(1, 2))
-            rows_KNE = rows_KNE + functional.silu(inner)
-        return self._drop(rows_KNE)
-
-    @property
-    def output(self) -> Tensor:
-        """Output layers [K, V, E], or the shared one [V, E]."""
-        return self.output_weight(0) if self.output_KVE is None else self.output_KVE
+        dropout = self.dropout if self.training else 0.0
+        return self._drop(self.blocks(torch.stack(firsts), dropout=dropout))
 
     @property
     def output_bias(self) -> Tensor | None:
-        """Output biases [K, V]."""
         return self.output_bias_KV
-
-    def output_weight(self, head: int) -> Tensor:
-        """Output layer [V, E] of one head."""
-        if self.output_KVE is not None:
-            return self.output_KVE[head]
-        assert self.shared_output_VE is not None
-        return self.shared_output_VE
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -88,7 +88,8 @@ class TopP:
         scaled = logits_NV / self.temperature
         log_total = scaled.logsumexp(dim=-1, keepdim=True)
         vocab = scaled.shape[-1]
-        count = min(vocab, NUCLEUS_PREFIX)
+        # Elsewhere than on a CPU, looking whether the prefix is enough would make the host wait.
+        count = min(vocab, NUCLEUS_PREFIX) if scaled.device.type == "cpu" else vocab
         best = scaled.topk(count, dim=-1).values
         cumulative = (best - log_total).exp().cumsum(dim=-1)
         if count < vocab and not bool((cumulative[..., -1] >= self.p).all()):
@@ -152,11 +153,14 @@ class LogitsChain:
     def decide(self, logits_NV: Tensor, paths: NodePaths, noise_NV: Tensor | None) -> Tensor:
         """The token [N] each row decides: a draw from `process`, mostly without filtering.
 
-        The winner among all tokens is the winner among the kept ones if it is kept itself. So the draw comes
-        first, and only rows whose winner a filter may exclude are filtered and drawn again: sorting 16 rows
-        to find their nuclei takes longer than everything else here.
+        The winner among all tokens is the winner among the kept ones if it is kept itself. So on a CPU the
+        draw comes first, and only rows whose winner a filter may exclude are filtered and drawn again:
+        sorting 16 rows to find their nuclei takes longer than everything else here. Elsewhere the host would
+        have to wait for which rows these are, and all are filtered.
         """
         logits = self._change(logits_NV, paths)
+        if self.filters and noise_NV is not None and logits.device.type != "cpu":
+            return draw_tokens(self.keep(logits), self.temperature, noise_NV)
         winners = draw_tokens(logits, self.temperature, noise_NV)
         if not self.filters or noise_NV is None:
             return winners

@@ -1,4 +1,4 @@
-"""API keys: who may ask. Everything needs one but `/health`, so that a new route is never open by mistake."""
+"""API keys. Everything needs one but `/health`, so that a new route is never open by mistake."""
 
 import hashlib
 import hmac

@@ -1,4 +1,4 @@
-"""Bounds of one request: how large its headers and body may be, and how long the body may take to arrive."""
+"""Limits of one request: the size of its headers and body, and how long the body may take to arrive."""
 
 import asyncio
 

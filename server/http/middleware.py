@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server import errors
 from server.observability.logging import REQUEST_ID, request_ids
 from server.observability.metrics import UNROUTED, ServerMetrics
-from server.observability.request_context import RequestRecord, put_record
+from server.observability.request_context import RequestContext, put_context
 from server.observability.request_log import log_request
 from server.observability.tracing import Tracing
 from server.pipeline.responses import ERROR_CODE, error_response
@@ -22,10 +22,10 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 SANE_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
-class RequestContext:
-    """Gives every request a record and every response an `x-request-id`, the client's own if it is sane.
+class RequestContextMiddleware:
+    """Gives every request a context and every response an `x-request-id`, the client's own if it is sane.
 
-    At its end a request is counted, traced and goes to the access log.
+    At its end a request is counted, traced and goes to the request log.
     """
 
     def __init__(self, app: ASGIApp, metrics: ServerMetrics, tracing: Tracing | None) -> None:
@@ -38,31 +38,31 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        record = _new_record(scope, headers)
-        put_record(scope, record)
-        token = request_ids.set(record.ids)
+        context = _new_context(scope, headers)
+        put_context(scope, context)
+        token = request_ids.set(context.ids)
         if headers.get("x-stainless-retry-count", "0") not in ("", "0"):
             self._metrics.client_retries.inc()
 
         async def send_with_id(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)["x-request-id"] = record.request_id
-                self._count(scope, record, message["status"])
+                MutableHeaders(scope=message)["x-request-id"] = context.request_id
+                self._count(scope, context, message["status"])
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
         finally:
-            record.ended = time.monotonic()
-            log_request(record, None if self._tracing is None else self._tracing.export(record))
+            context.ended = time.monotonic()
+            log_request(context, None if self._tracing is None else self._tracing.export(context))
             request_ids.reset(token)
 
-    def _count(self, scope: Scope, record: RequestRecord, status: int) -> None:
-        record.status = status
-        record.route = getattr(scope.get("route"), "path", None)
-        self._metrics.observe_response(record.route or UNROUTED, status)
+    def _count(self, scope: Scope, context: RequestContext, status: int) -> None:
+        context.status = status
+        context.route = getattr(scope.get("route"), "path", None)
+        self._metrics.observe_response(context.route or UNROUTED, status)
         if ERROR_CODE in scope:
-            record.error = scope[ERROR_CODE]
+            context.error = scope[ERROR_CODE]
             self._metrics.observe_error(scope[ERROR_CODE])
 
 
@@ -92,9 +92,9 @@ class ShapeCrashes:
             await error_response(errors.internal())(scope, receive, noting_send)
 
 
-def _new_record(scope: Scope, headers: Headers) -> RequestRecord:
+def _new_context(scope: Scope, headers: Headers) -> RequestContext:
     client = scope.get("client")
-    return RequestRecord(
+    return RequestContext(
         method=scope["method"],
         path=scope["path"],
         scheme=scope.get("scheme", "http"),

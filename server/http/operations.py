@@ -21,6 +21,11 @@ class _QuietServer(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listener in sockets or ():
+            logger.info("metrics and probes on http://%s:%d", *listener.getsockname()[:2])
+
 
 @contextlib.asynccontextmanager
 async def serve_operations(app: ASGIApp, listener: socket.socket) -> AsyncIterator[None]:
@@ -37,7 +42,6 @@ async def serve_operations(app: ASGIApp, listener: socket.socket) -> AsyncIterat
     )
     server = _QuietServer(config)
     task = asyncio.create_task(server.serve(sockets=[listener]), name="operations")
-    logger.info("metrics and probes on http://%s:%d", *listener.getsockname()[:2])
     try:
         yield
     finally:

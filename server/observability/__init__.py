@@ -1,1 +1,1 @@
-"""What is told of requests and the server: metrics, logs, traces."""
+"""Metrics, logs and traces."""

@@ -20,7 +20,7 @@ LogFormat = Literal["text", "json"]
 REQUEST_ID = "request_id"
 COMPLETION_ID = "completion_id"
 
-# The ids of the request that the current task serves. The mapping is shared: what is learnt later is in it.
+# The ids of the request that the current task serves. The mapping is shared: what is learned later is in it.
 request_ids: ContextVar[Mapping[str, str] | None] = ContextVar("request_ids", default=None)
 
 LIBRARIES = {

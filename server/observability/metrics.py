@@ -20,9 +20,9 @@ from prometheus_client.metrics_core import Metric
 
 import medusa_core
 from medusa_core.engine.outputs import FinishReason, StepStats
+from medusa_core.model_info import ModelInfo
 from medusa_core.sampling_params import SpeculationMode
 from server.errors import ApiError
-from server.workers.messages import ModelInfo
 
 UNROUTED = "none"  # route of what reached none: unknown paths, refusals before routing
 REJECTED = "rejected"  # finish reason of requests that never got into the queue (429)
@@ -42,11 +42,6 @@ REQUEST_BUCKETS = (
 )
 # fmt: on
 ACCEPTANCE_BUCKETS = (1, 2, 3, 4, 5, 6, 7, 8)
-
-
-def acceptance_length(stats: StepStats) -> int:
-    """Tokens the step decided, also those behind a stop: its accepted drafts and the one always gained."""
-    return 1 + sum(stats.accepted)
 
 
 class ModelRegistry(CollectorRegistry):
@@ -86,7 +81,7 @@ class ServerMetrics:
         self.drafted = counter("medusa_drafted_tokens", "Tree nodes drafted, by head (from 0).", ["head"])
         self.accepted = counter("medusa_accepted_tokens", "Drafted tokens accepted, by head.", ["head"])
         self.acceptance_length = histogram(
-            "medusa_acceptance_length", "Tokens decided by a decode step.", buckets=ACCEPTANCE_BUCKETS
+            "medusa_acceptance_length", "Tokens a decode step brought the client.", buckets=ACCEPTANCE_BUCKETS
         )
         phases = histogram("medusa_step_phase_seconds", "Time of a decode step by phase.", ["phase"])
         self.inter_token_latency = histogram(
@@ -213,7 +208,6 @@ class ServerMetrics:
             self._phases, (stats.propose_seconds, stats.verify_seconds, stats.commit_seconds), strict=True
         ):
             child.observe(seconds)
-        self.acceptance_length.observe(acceptance_length(stats))
         if num_tokens:
             for _ in range(num_tokens):
                 self.inter_token_latency.observe(stats.seconds / num_tokens)

@@ -1,45 +1,47 @@
-"""What is known of one HTTP request: gathered on its way through, told to log and traces at its end."""
+"""Everything known of one HTTP request, for its log line and its trace."""
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-from starlette.requests import Request
+from starlette.requests import Request as HttpRequest
 from starlette.types import Scope
 
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.request import Request
+from medusa_core.text.assembler import TextAssembler
 from server.observability.logging import COMPLETION_ID, REQUEST_ID
-from server.pipeline.generation import Generation
-from server.workers.scheduler import Job
+from server.observability.timeline import Timeline
 
-RECORD = "medusa.record"  # key of the ASGI scope
+CONTEXT = "medusa.request_context"  # key of the ASGI scope
 MAX_PROMPT_CHARS = 8192  # of messages, and of an answer, where prompts are logged
 
 
-@dataclass(slots=True)
-class ChatRecord:
-    """The part of chat completions. Times are of the monotonic clock."""
+@dataclass(slots=True, kw_only=True)
+class ChatContext:
+    """The part of chat completions. `timeline` and `assembler` are those of the answer under way.
 
+    Times are of the monotonic clock. `messages` (role and text) and `answer` (its first `MAX_PROMPT_CHARS`
+    characters) are None unless prompts are to be logged.
+    """
+
+    request: Request
+    timeline: Timeline
+    assembler: TextAssembler
     is_stream: bool
-    params: SamplingParams
     prepare_started: float
     prepare_ended: float
-    generation: Generation
-    messages: Sequence[tuple[str, str]] | None = None  # role and text, if prompts are to be logged
+    messages: Sequence[tuple[str, str]] | None = None
+    answer: str | None = None
 
-    @property
-    def job(self) -> Job:
-        return self.generation.job
-
-    @property
-    def answer(self) -> str:
-        """The text so far, if prompts are to be logged."""
-        return self.generation.transcript
+    def add_text(self, text: str) -> None:
+        """Keep a piece of the answer, as far as there is room for it."""
+        if self.answer is not None and len(self.answer) < MAX_PROMPT_CHARS:
+            self.answer = (self.answer + text)[:MAX_PROMPT_CHARS]
 
 
-@dataclass(slots=True)
-class RequestRecord:
+@dataclass(slots=True, kw_only=True)
+class RequestContext:
     """One HTTP request. `started_ns` is of the wall clock, `started` and `ended` of the monotonic one."""
 
     method: str
@@ -54,7 +56,7 @@ class RequestRecord:
     status: int | None = None
     route: str | None = None
     error: str | None = None
-    chat: ChatRecord | None = None
+    chat: ChatContext | None = None
 
     @property
     def request_id(self) -> str:
@@ -69,10 +71,10 @@ class RequestRecord:
         self.ids[COMPLETION_ID] = completion_id
 
 
-def record_of(request: Request) -> RequestRecord:
-    """The record that `RequestContext` has put into the request's scope."""
-    return cast(RequestRecord, request.scope[RECORD])
+def context_of(request: HttpRequest) -> RequestContext:
+    """The context that `RequestContextMiddleware` has put into the request's scope."""
+    return cast(RequestContext, request.scope[CONTEXT])
 
 
-def put_record(scope: Scope, record: RequestRecord) -> None:
-    scope[RECORD] = record
+def put_context(scope: Scope, context: RequestContext) -> None:
+    scope[CONTEXT] = context

@@ -18,7 +18,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import AttributeValue
 
 import medusa_core
-from server.observability.request_context import ChatRecord, RequestRecord
+from server.observability.request_context import ChatContext, RequestContext
 from server.observability.request_log import PROBES, bounded_messages
 from server.observability.timeline import StepMark, Timeline
 
@@ -43,18 +43,20 @@ class SpanTracing:
         self._tracer = self._provider.get_tracer("medusa", medusa_core.__version__)
         self._propagator = TraceContextTextMapPropagator()
 
-    def export(self, record: RequestRecord) -> str | None:
+    def export(self, request: RequestContext) -> str | None:
         """Make the spans of a request that has ended and queue them."""
-        if record.path in PROBES:
+        if request.path in PROBES:
             return None
-        parent = self._propagator.extract(record.trace_context, Context())
-        writer = _SpanWriter(self._tracer, record)
-        root = writer.start(_name(record), record.started, parent, _http_attributes(record), SpanKind.SERVER)
-        if root.is_recording() and record.chat is not None:
-            _write_chat(writer, record.chat, set_span_in_context(root, parent), self._model)
-        if record.error is not None or (record.status or 500) >= 500:
-            root.set_status(StatusCode.ERROR, record.error)
-        writer.end(root, record.ended)
+        parent = self._propagator.extract(request.trace_context, Context())
+        writer = _SpanWriter(self._tracer, request)
+        root = writer.start(
+            _name(request), request.started, parent, _http_attributes(request), SpanKind.SERVER
+        )
+        if root.is_recording() and request.chat is not None:
+            _write_chat(writer, request.chat, set_span_in_context(root, parent), self._model)
+        if request.error is not None or (request.status or 500) >= 500:
+            root.set_status(StatusCode.ERROR, request.error)
+        writer.end(root, request.ended)
         return format_trace_id(root.get_span_context().trace_id)
 
     def stop(self) -> None:
@@ -67,9 +69,9 @@ class SpanTracing:
 class _SpanWriter:
     """Starts and ends spans of one request at times of the monotonic clock."""
 
-    def __init__(self, tracer: Tracer, record: RequestRecord) -> None:
+    def __init__(self, tracer: Tracer, request: RequestContext) -> None:
         self._tracer = tracer
-        self._record = record
+        self._request = request
 
     def start(
         self,
@@ -101,7 +103,7 @@ class _SpanWriter:
         span.end(None if at is None else self._wall_ns(at))
 
     def _wall_ns(self, at: float) -> int:
-        return self._record.started_ns + round((at - self._record.started) * 1e9)
+        return self._request.started_ns + round((at - self._request.started) * 1e9)
 
 
 def traces_url(endpoint: str) -> str:
@@ -110,9 +112,9 @@ def traces_url(endpoint: str) -> str:
     return base if base.endswith(TRACES_PATH) else base + TRACES_PATH
 
 
-def _write_chat(writer: _SpanWriter, chat: ChatRecord, context: Context, model: str) -> None:
-    timeline = chat.job.timeline
-    tokens = {"gen_ai.usage.input_tokens": len(chat.job.prompt_ids)}
+def _write_chat(writer: _SpanWriter, chat: ChatContext, context: Context, model: str) -> None:
+    timeline = chat.timeline
+    tokens = {"gen_ai.usage.input_tokens": len(chat.request.prompt_ids)}
     writer.write("prompt", (chat.prepare_started, chat.prepare_ended), context, tokens)
     writer.write("queue", (timeline.arrived, timeline.dispatched or timeline.ended), context, {})
     if timeline.dispatched is None:
@@ -140,53 +142,54 @@ def _split(marks: Iterable[StepMark]) -> tuple[list[StepMark], list[StepMark]]:
     return prefill, [mark for mark in marks if not mark.stats.is_prefill]
 
 
-def _name(record: RequestRecord) -> str:
-    method = record.method if record.method in METHODS else "HTTP"
-    return f"{method} {record.route}" if record.route else method
+def _name(request: RequestContext) -> str:
+    method = request.method if request.method in METHODS else "HTTP"
+    return f"{method} {request.route}" if request.route else method
 
 
-def _http_attributes(record: RequestRecord) -> Attributes:
+def _http_attributes(request: RequestContext) -> Attributes:
     return {
-        "http.request.method": record.method if record.method in METHODS else "_OTHER",
-        "http.response.status_code": record.status,
-        "http.route": record.route,
-        "url.path": record.path,
-        "url.scheme": record.scheme,
-        "client.address": record.client,
-        "error.type": record.error,
-        "medusa.request_id": record.request_id,
+        "http.request.method": request.method if request.method in METHODS else "_OTHER",
+        "http.response.status_code": request.status,
+        "http.route": request.route,
+        "url.path": request.path,
+        "url.scheme": request.scheme,
+        "client.address": request.client,
+        "error.type": request.error,
+        "medusa.request_id": request.request_id,
     }
 
 
-def _generation_attributes(chat: ChatRecord, model: str) -> Attributes:
-    params, timeline, usage = chat.params, chat.job.timeline, chat.generation.usage()
+def _generation_attributes(chat: ChatContext, model: str) -> Attributes:
+    params, timeline = chat.request.params, chat.timeline
     first_token = timeline.first_token
     return {
         "gen_ai.operation.name": "chat",
         "gen_ai.provider.name": SERVICE,
         "gen_ai.request.model": model,
         "gen_ai.response.model": model,
-        "gen_ai.response.id": chat.job.request_id,
+        "gen_ai.response.id": chat.request.request_id,
         "gen_ai.request.temperature": params.temperature,
         "gen_ai.request.top_p": params.top_p,
         "gen_ai.request.top_k": params.top_k,
         "gen_ai.request.max_tokens": params.max_tokens,
         "gen_ai.response.finish_reasons": None if timeline.reason is None else (timeline.reason,),
-        "gen_ai.usage.input_tokens": usage.prompt_tokens,
-        "gen_ai.usage.output_tokens": usage.completion_tokens,
+        "gen_ai.usage.input_tokens": len(chat.request.prompt_ids),
+        "gen_ai.usage.output_tokens": chat.assembler.num_tokens,
         "gen_ai.response.time_to_first_chunk": first_token and first_token - timeline.arrived,
         "gen_ai.input.messages": _messages_json(chat),
         "gen_ai.output.messages": _answer_json(chat),
         "medusa.stream": chat.is_stream,
         "medusa.speculation.mode": params.speculation.mode.value,
         "medusa.speculation.tree": params.speculation.tree,
+        "medusa.speculation.source": params.speculation.source.value,
     }
 
 
-def _decode_attributes(chat: ChatRecord, timeline: Timeline) -> Attributes:
+def _decode_attributes(chat: ChatContext, timeline: Timeline) -> Attributes:
     return {
-        "medusa.steps": timeline.decode_steps,
-        "medusa.acceptance_length": chat.generation.usage().speculation.acceptance_length,
+        "medusa.steps": chat.assembler.decode_steps,
+        "medusa.acceptance_length": chat.assembler.acceptance_length,
         "medusa.propose_seconds": timeline.propose_seconds,
         "medusa.verify_seconds": timeline.verify_seconds,
         "medusa.commit_seconds": timeline.commit_seconds,
@@ -208,14 +211,14 @@ def _step_attributes(mark: StepMark) -> Attributes:
     }
 
 
-def _messages_json(chat: ChatRecord) -> str | None:
+def _messages_json(chat: ChatContext) -> str | None:
     if chat.messages is None:
         return None
     return json.dumps([_message(said["role"], said["content"]) for said in bounded_messages(chat)])
 
 
-def _answer_json(chat: ChatRecord) -> str | None:
-    return None if chat.messages is None else json.dumps([_message("assistant", chat.answer)])
+def _answer_json(chat: ChatContext) -> str | None:
+    return None if chat.answer is None else json.dumps([_message("assistant", chat.answer)])
 
 
 def _message(role: str, text: str) -> dict[str, object]:

@@ -1,10 +1,9 @@
-"""When a request got where, and what its steps cost: for usage, metrics, its line in the log and traces."""
+"""Per-request timestamps, and what its steps cost."""
 
 import time
 from dataclasses import dataclass, field
 
 from medusa_core.engine.outputs import StepOutput, StepStats
-from server.observability.metrics import acceptance_length
 
 MAX_MARKS = 128  # steps remembered one by one where they are traced, those after only in the sums
 
@@ -20,10 +19,7 @@ class StepMark:
 
 @dataclass(slots=True)
 class Timeline:
-    """Times are of the monotonic clock, None for what has not happened; durations are in seconds.
-
-    `decode_tokens`: tokens that decode steps decided, also those behind a stop.
-    """
+    """Times are of the monotonic clock, None for what has not happened; durations are in seconds."""
 
     arrived: float = field(default_factory=time.monotonic)
     max_marks: int = 0
@@ -33,8 +29,6 @@ class Timeline:
     reason: str | None = None
     prefill_steps: int = 0
     prefill_seconds: float = 0.0
-    decode_steps: int = 0
-    decode_tokens: int = 0
     propose_seconds: float = 0.0
     verify_seconds: float = 0.0
     commit_seconds: float = 0.0
@@ -69,8 +63,6 @@ class Timeline:
             self.prefill_steps += 1
             self.prefill_seconds += stats.seconds
         else:
-            self.decode_steps += 1
-            self.decode_tokens += acceptance_length(stats)
             self.propose_seconds += stats.propose_seconds
             self.verify_seconds += stats.verify_seconds
             self.commit_seconds += stats.commit_seconds

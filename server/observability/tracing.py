@@ -1,16 +1,16 @@
-"""Traces of requests, if a collector is named: what the server asks of whoever makes them."""
+"""The interface of tracing, and its implementation if a collector is named."""
 
 from typing import Protocol
 
 from medusa_core.errors import ConfigError
-from server.observability.request_context import RequestRecord
+from server.observability.request_context import RequestContext
 from server.settings import Settings
 
 
 class Tracing(Protocol):
     """Turns finished requests into spans, and sends them from a thread of its own."""
 
-    def export(self, record: RequestRecord) -> str | None:
+    def export(self, context: RequestContext) -> str | None:
         """The id of the trace; None for requests that are not traced. Never waits."""
 
     def stop(self) -> None:

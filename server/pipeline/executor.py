@@ -1,4 +1,4 @@
-"""A thread that the end of the process does not wait for."""
+"""Executor on a daemon thread; never blocks exit."""
 
 import contextlib
 import queue

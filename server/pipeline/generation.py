@@ -1,14 +1,14 @@
-"""From a job's tokens to its text: incremental detokenisation, stop strings, usage."""
+"""From a job's tokens to its text and usage."""
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from medusa_core.engine.outputs import FinishReason
-from medusa_core.text.detokenizer import IncrementalDetokenizer, StopMatcher
-from medusa_core.text.tokenizer import ChatTokenizer
-from server.schemas.chat import SpeculationUsage, Usage
+from medusa_core.engine.outputs import FinishReason, StepOutput
+from medusa_core.text.assembler import TextAssembler
+from server.observability.metrics import ServerMetrics
+from server.schemas.completion import SpeculationUsage, Usage
 from server.workers.scheduler import Job, Scheduler
-from server.workers.token_queue import Failed
+from server.workers.token_queue import Failed, Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,30 +20,22 @@ class TextDelta:
 
 
 class Generation:
-    """Reads one job's mailbox to the end. What a reader that lags finds gathered becomes one delta."""
+    """Reads one job's tokens to the end. What a reader that lags finds gathered becomes one delta."""
 
     def __init__(
         self,
         job: Job,
         scheduler: Scheduler,
-        chat: ChatTokenizer,
-        stops: Sequence[str],
-        *,
-        keep_chars: int = 0,
+        assembler: TextAssembler,
+        metrics: ServerMetrics,
+        on_text: Callable[[str], None] = lambda text: None,
     ) -> None:
-        """The first `keep_chars` characters of the text are kept as `transcript`."""
+        """`on_text` hears of every piece of text that is handed out."""
         self.job = job
         self._scheduler = scheduler
-        self._detokenizer = IncrementalDetokenizer(chat.tokenizer)
-        self._stops = StopMatcher(stops) if stops else None
-        self._num_tokens = 0
-        self._room = keep_chars
-        self._kept: list[str] = []
-
-    @property
-    def transcript(self) -> str:
-        """What was handed out so far, up to the limit, for the log."""
-        return "".join(self._kept)
+        self._assembler = assembler
+        self._metrics = metrics
+        self._on_text = on_text
 
     async def deltas(self) -> AsyncIterator[TextDelta]:
         """Ends with the delta that has a finish reason. Raises the job's `ApiError`.
@@ -53,7 +45,7 @@ class Generation:
         try:
             while True:
                 delta = await self._next()
-                self._keep(delta.text)
+                self._on_text(delta.text)
                 if delta.text or delta.finish_reason is not None:
                     yield delta
                 if delta.finish_reason is not None:
@@ -71,52 +63,34 @@ class Generation:
         return TextDelta("".join(pieces), reason)
 
     def usage(self) -> Usage:
-        """Counts so far; tokens behind a stop string are not counted."""
-        job = self.job
-        steps = job.timeline.decode_steps
-        length = job.timeline.decode_tokens / steps if steps else None
+        """Counts so far, of what the client gets."""
+        assembler, num_prompt = self._assembler, len(self.job.request.prompt_ids)
         return Usage(
-            prompt_tokens=len(job.prompt_ids),
-            completion_tokens=self._num_tokens,
-            total_tokens=len(job.prompt_ids) + self._num_tokens,
-            speculation=SpeculationUsage(steps=steps, acceptance_length=length),
+            prompt_tokens=num_prompt,
+            completion_tokens=assembler.num_tokens,
+            total_tokens=num_prompt + assembler.num_tokens,
+            speculation=SpeculationUsage(
+                steps=assembler.decode_steps, acceptance_length=assembler.acceptance_length
+            ),
         )
 
     async def _next(self) -> TextDelta:
-        token_ids, end = await self.job.mailbox.take()
-        text, hit = self._push(token_ids)
-        if hit:
+        outputs, end = await self.job.tokens.take()
+        text = "".join([self._push(output) for output in outputs])
+        if isinstance(end, Finished):
+            text += self._assembler.finish()
+        if self._assembler.is_stopped:
             self._scheduler.stop(self.job)
             return TextDelta(text, FinishReason.STOP)
         if isinstance(end, Failed):
             raise end.error
-        if end is None:
-            return TextDelta(text)
-        rest, hit = self._flush()
-        return TextDelta(text + rest, FinishReason.STOP if hit else end.reason)
+        return TextDelta(text, end.reason if end else None)
 
-    def _keep(self, text: str) -> None:
-        if self._room > 0 and text:
-            self._kept.append(text[: self._room])
-            self._room -= len(text)
-
-    def _push(self, token_ids: list[int]) -> tuple[str, bool]:
-        if self._stops is None:
-            self._num_tokens += len(token_ids)
-            return self._detokenizer.push(token_ids), False
-        # One by one, so that neither text nor usage depends on how the tokens were grouped.
-        pieces: list[str] = []
-        for token_id in token_ids:
-            self._num_tokens += 1
-            result = self._stops.push(self._detokenizer.push((token_id,)))
-            pieces.append(result.text)
-            if result.hit:
-                return "".join(pieces), True
-        return "".join(pieces), False
-
-    def _flush(self) -> tuple[str, bool]:
-        text = self._detokenizer.flush()
-        if self._stops is None:
-            return text, False
-        result = self._stops.push(text)
-        return result.text + self._stops.flush(), result.hit
+    def _push(self, output: StepOutput) -> str:
+        before = self._assembler.decode_tokens
+        is_prefill = output.stats is not None and output.stats.is_prefill
+        text = self._assembler.push(output.token_ids, is_prefill=is_prefill)
+        num_tokens = self._assembler.decode_tokens - before
+        if num_tokens:
+            self._metrics.acceptance_length.observe(num_tokens)
+        return text

@@ -1,45 +1,43 @@
-"""From a valid request body to token ids and sampling parameters.
+"""From a valid request body to the `Request` that scheduler and engine work on.
 
-Everything a request is checked for before it is admitted. Templates and tokenisation run in a thread, off the
+Everything a request is checked for before it is admitted. Templates and tokenization run in a thread, off the
 event loop.
 """
 
 import asyncio
-import secrets
+from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass
 
 from medusa_core.errors import TokenizerError
-from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.model_info import ModelInfo
+from medusa_core.request import Request
+from medusa_core.sampling_params import (
+    MAX_SEED,
+    DraftSourceName,
+    SamplingParams,
+    SpeculationMode,
+    SpeculationParams,
+)
 from medusa_core.text.tokenizer import ChatTokenizer
 from server import errors
 from server.schemas.chat import ChatMessage, ChatRequest, Speculation
-from server.workers.messages import ModelInfo
 
-TREES_WITHOUT_HEADS = ("dynamic", "static")  # harmless there: nothing is drafted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PreparedRequest:
-    """What the engine and the text stage need of a request."""
-
-    prompt_ids: list[int]
-    params: SamplingParams
-    stops: tuple[str, ...]
+ADAPTIVE_TREE = "dynamic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptBuilder:
-    """Prepares requests for one loaded model. `defaults` come from its generation_config.json."""
+    """Prepares requests for one loaded model."""
 
     chat: ChatTokenizer
     info: ModelInfo
-    defaults: SamplingParams
     default_mode: SpeculationMode
+    default_source: DraftSourceName
     executor: Executor
     timeout: float  # seconds; a template is somebody's code and may loop
 
-    async def prepare(self, body: ChatRequest) -> PreparedRequest:
+    async def prepare(self, body: ChatRequest, request_id: str, client_id: str = "") -> Request:
         """Raises a 400 `ApiError` naming the parameter, or a 503 when time is up."""
         check_combinations(body)
         params = self._params(body)
@@ -54,12 +52,10 @@ class PromptBuilder:
         except TokenizerError as error:
             raise errors.invalid(str(error), param="messages") from error
         self._check_length(len(prompt_ids))
-        return PreparedRequest(
-            prompt_ids=prompt_ids, params=params, stops=tuple(dict.fromkeys(body.stop or ()))
-        )
+        return Request(request_id=request_id, prompt_ids=prompt_ids, params=params, client_id=client_id)
 
     def _params(self, body: ChatRequest) -> SamplingParams:
-        defaults = self.defaults
+        defaults = self.info.defaults
         return SamplingParams(
             max_tokens=self._max_tokens(body),
             temperature=defaults.temperature if body.temperature is None else body.temperature,
@@ -67,19 +63,40 @@ class PromptBuilder:
             top_k=defaults.top_k if body.top_k is None else body.top_k,
             min_p=defaults.min_p if body.min_p is None else body.min_p,
             # A negative seed is the unsigned one of the same bits.
-            seed=secrets.randbits(64) if body.seed is None else body.seed & MAX_SEED,
+            seed=None if body.seed is None else body.seed & MAX_SEED,
+            stop=tuple(dict.fromkeys(body.stop or ())),
             speculation=self._speculation(body.speculation or Speculation()),
         )
 
     def _speculation(self, given: Speculation) -> SpeculationParams:
-        trees = self.info.trees or TREES_WITHOUT_HEADS
-        if given.tree not in trees:
+        mode = self.default_mode if given.mode is None else given.mode
+        source = self.default_source if given.source is None else given.source
+        self._check_tree(given.tree, source)
+        self._check_source(source)
+        return SpeculationParams(
+            mode=mode, source=source, tree=given.tree, epsilon=given.epsilon, delta=given.delta
+        )
+
+    def _check_source(self, source: DraftSourceName) -> None:
+        # Without heads the source "heads" drafts nothing, which harms nobody.
+        if source is not DraftSourceName.HEADS and source not in self.info.sources:
+            known = dict.fromkeys((DraftSourceName.HEADS, *self.info.sources))
             raise errors.invalid(
-                f"There is no draft tree of this name; choose one of {', '.join(trees)}.",
+                f'This model has no draft source "{source}"; choose one of {_quoted(known)}.',
+                param="speculation.source",
+            )
+
+    def _check_tree(self, tree: str, source: DraftSourceName) -> None:
+        if source is not DraftSourceName.HEADS and tree != ADAPTIVE_TREE:
+            raise errors.invalid(
+                f'Draft source "{source}" makes trees of its own; leave out speculation.tree.',
                 param="speculation.tree",
             )
-        mode = self.default_mode if given.mode is None else SpeculationMode(given.mode)
-        return SpeculationParams(mode=mode, tree=given.tree, epsilon=given.epsilon, delta=given.delta)
+        if self.info.trees and tree not in self.info.trees:
+            raise errors.invalid(
+                f"There is no draft tree of this name; choose one of {_quoted(self.info.trees)}.",
+                param="speculation.tree",
+            )
 
     def _max_tokens(self, body: ChatRequest) -> int | None:
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -118,3 +135,7 @@ def _template_messages(messages: list[ChatMessage]) -> list[dict[str, str]]:
         {"role": "system" if message.role == "developer" else message.role, "content": message.text}
         for message in messages
     ]
+
+
+def _quoted(names: Iterable[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)

@@ -8,7 +8,7 @@ from starlette.types import Receive, Scope, Send
 
 from server.errors import ApiError
 
-CLIENT_CLOSED = 499  # nobody reads it; the access log does
+CLIENT_CLOSED = 499  # nobody reads it; the request log does
 ERROR_CODE = "medusa.error_code"  # key of the ASGI scope
 
 _json = msgspec.json.Encoder()
@@ -19,7 +19,7 @@ def json_response(value: object, status: int = 200, headers: Mapping[str, str] |
 
 
 class ErrorResponse(Response):
-    """An error's response; leaves the error's code in the scope, where `RequestContext` counts it."""
+    """An error's response; leaves the error's code in the scope for `RequestContextMiddleware` to count."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(

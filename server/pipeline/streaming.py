@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 from server import errors
 from server.errors import ApiError
 from server.pipeline.generation import Generation
-from server.schemas.chat import ChatChunk, ChunkChoice, Delta, Usage
+from server.schemas.completion import ChatChunk, ChunkChoice, Delta, Usage
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ async def chat_events(
             logger.exception("the request failed while streaming", extra=generation.job.log_ids)
         told = error if isinstance(error, ApiError) else errors.internal()
         on_error(told)
-        yield _request_comment(generation.job.client_id) + sse_data(told.body) + DONE
+        yield _request_comment(generation.job.request.client_id) + sse_data(told.body) + DONE
 
 
 def _request_comment(client_id: str) -> bytes:

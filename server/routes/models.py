@@ -3,6 +3,7 @@
 from typing import Annotated
 
 from fastapi import APIRouter, Depends
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import errors
@@ -23,6 +24,8 @@ async def list_models(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Resp
 # A name may hold slashes, as hub ids do.
 @router.get("/v1/models/{model:path}", response_model=Model, responses={404: {"model": ErrorResponse}})
 async def retrieve_model(model: str, runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+    if not model:
+        raise HTTPException(404)  # `/v1/models/`: an unknown path, no unknown model
     if model != runtime.model_name:
         raise errors.model_not_found(model)
     return json_response(_model(runtime))
@@ -32,5 +35,5 @@ def _model(runtime: Runtime) -> Model:
     return Model(
         id=runtime.model_name,
         created=runtime.created,
-        context_length=runtime.model.info.context_length if runtime.model else None,
+        context_length=runtime.prompts.info.context_length if runtime.prompts else None,
     )

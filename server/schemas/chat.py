@@ -1,18 +1,16 @@
-"""Bodies of `POST /v1/chat/completions`.
+"""The request body of `POST /v1/chat/completions`.
 
-The request is strict: what we do not know is refused, and what we cannot honour too unless it is neutral.
+It is strict: what we do not know is refused, and what we cannot honor too unless it is neutral.
 """
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from msgspec import UNSET, Struct, UnsetType
 from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
-from medusa_core.sampling_params import MAX_SEED
+from medusa_core.sampling_params import MAX_SEED, DraftSourceName, SpeculationMode
 from server.schemas.neutral import Neutral
 
 MAX_MESSAGES = 2048
@@ -98,8 +96,8 @@ class ChatMessage(_Strict):
     refusal: Annotated[str | None, Neutral()] = None
     audio: Annotated[dict[str, Any] | None, Neutral()] = None
     function_call: Annotated[dict[str, Any] | None, Neutral()] = None
-    tool_calls: Annotated[list[Any] | None, Neutral([])] = None
-    annotations: Annotated[list[Any] | None, Neutral([])] = None
+    tool_calls: Annotated[list[Any] | None, Neutral([], says="tools are not supported")] = None
+    annotations: Annotated[list[Any] | None, Neutral([], says="annotations are not supported")] = None
 
     @property
     def text(self) -> str:
@@ -116,10 +114,12 @@ class StreamOptions(_Strict):
 class Speculation(_Strict):
     """Our extension. `exact` and `off` give the same text; `typical` (Medusa paper §2.3.1) is *not* lossless.
 
-    `mode` null is the server's default. `epsilon` and `delta` matter in typical mode only.
+    `mode` and `source` null are the server's defaults. `epsilon` and `delta` matter in typical mode only.
     """
 
-    mode: Literal["exact", "typical", "off"] | None = None
+    # Not strict: JSON has no enums, so their names are taken for them.
+    mode: Annotated[SpeculationMode | None, Field(strict=False)] = None
+    source: Annotated[DraftSourceName | None, Field(strict=False)] = None
     tree: Annotated[str, Field(min_length=1, max_length=64)] = "dynamic"
     epsilon: Annotated[float, Field(ge=0.0, le=1.0)] = TYPICAL_EPSILON
     delta: Annotated[float, Field(ge=0.0, le=1.0)] = TYPICAL_DELTA
@@ -173,13 +173,13 @@ class ChatRequest(_Strict):
     n: Annotated[int | None, Neutral(1)] = None
     presence_penalty: Annotated[float | None, Neutral(0)] = None
     frequency_penalty: Annotated[float | None, Neutral(0)] = None
-    logit_bias: Annotated[dict[str, float] | None, Neutral({})] = None
+    logit_bias: Annotated[dict[str, float] | None, Neutral({}, says="biases are not supported")] = None
     logprobs: Annotated[bool | None, Neutral(False)] = None
     top_logprobs: Annotated[int | None, Neutral(0)] = None
     response_format: Annotated[dict[str, Any] | None, Neutral({"type": "text"})] = None
-    tools: Annotated[list[Any] | None, Neutral([])] = None
+    tools: Annotated[list[Any] | None, Neutral([], says="tools are not supported")] = None
     tool_choice: Annotated[str | None, Neutral("none", "auto")] = None
-    functions: Annotated[list[Any] | None, Neutral([])] = None
+    functions: Annotated[list[Any] | None, Neutral([], says="functions are not supported")] = None
     function_call: Annotated[str | None, Neutral("none", "auto")] = None
     modalities: Annotated[list[str] | None, Neutral(["text"])] = None
     audio: Annotated[dict[str, Any] | None, Neutral()] = None
@@ -189,81 +189,3 @@ class ChatRequest(_Strict):
     service_tier: Annotated[str | None, Neutral("auto", "default")] = None
     store: Annotated[bool | None, Neutral(False)] = None
     web_search_options: Annotated[dict[str, Any] | None, Neutral()] = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationUsage:
-    """Our extension of usage: decode steps of this request, and tokens per step (null without a step)."""
-
-    steps: int
-    acceptance_length: float | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Usage:
-    """Token counts of one request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    speculation: SpeculationUsage
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AssistantMessage:
-    """The answer's message."""
-
-    role: str = "assistant"
-    content: str
-    refusal: None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """The only choice; `finish_reason` is "stop" or "length"."""
-
-    index: int = 0
-    message: AssistantMessage
-    logprobs: None = None
-    finish_reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ChatCompletion:
-    """The whole answer of a request that does not stream; `created` is Unix time."""
-
-    id: str
-    object: str = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: list[Choice]
-    usage: Usage
-
-
-class Delta(Struct, omit_defaults=True, frozen=True):
-    """What a chunk adds to the message."""
-
-    role: str | None = None
-    content: str | None = None
-
-
-class ChunkChoice(Struct, frozen=True, kw_only=True):
-    """The only choice of a chunk."""
-
-    index: int = 0
-    delta: Delta
-    logprobs: None = None
-    finish_reason: str | None = None
-
-
-class ChatChunk(Struct, frozen=True, kw_only=True):
-    """One event of a stream; `usage` is left out unless the client asked for it."""
-
-    id: str
-    object: str = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
-    choices: tuple[ChunkChoice, ...]
-    usage: Usage | UnsetType | None = UNSET

@@ -1,5 +1,6 @@
 """Parameters of OpenAI's that we do not serve: their neutral values pass, anything else is refused."""
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ class Neutral:
     """Annotation of a field that may be null or one of `values` and nothing else.
 
     It replaces the field's own validation, so `Annotated[int | None, Neutral(1)]` refuses 2 and "1" alike.
+    `says` is what a client reads instead of the list of values.
     """
 
     values: tuple[Any, ...]
+    says: str | None
 
-    def __init__(self, *values: Any) -> None:
+    def __init__(self, *values: Any, says: str | None = None) -> None:
         object.__setattr__(self, "values", values)
+        object.__setattr__(self, "says", says)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
@@ -34,9 +38,8 @@ class Neutral:
             value == v and isinstance(value, bool) == isinstance(v, bool) for v in self.values
         ):
             return value
-        allowed = " or ".join(repr(v) for v in self.values)
-        if allowed:
-            raise PydanticCustomError(
-                "unsupported_value", "only {allowed} is supported here", {"allowed": allowed}
-            )
+        if self.values:
+            allowed = " or ".join(json.dumps(v) for v in self.values)
+            says = self.says or f"only {allowed} is supported"
+            raise PydanticCustomError("unsupported_value", "{says}", {"says": says})
         raise PydanticCustomError("unsupported_parameter", "this parameter is not supported here")

@@ -4,8 +4,6 @@ Every message carries the generation of the worker it concerns, so that a restar
 what was meant for the one before.
 """
 
-import select
-
 import msgspec
 from msgspec import Struct
 
@@ -13,11 +11,7 @@ from medusa_core.engine.outputs import StepOutput
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
 
-# A frame (4 bytes of length and the payload) no longer than PIPE_BUF is written to a pipe in one piece. So a
-# reader that sees its first byte can read it all, and a pipe that polls writable takes it without blocking.
-# Events are that short.
-MAX_EVENT = select.PIPE_BUF - 4
-MAX_TEXT = 1200  # bytes of a text in an event; `Ready` has two
+MAX_TEXT = 1200  # bytes of a text in an event: what a log line bears
 
 
 class Submit(Struct, frozen=True, tag=True):
@@ -88,10 +82,7 @@ def encode_command(command: Command) -> bytes:
 
 
 def encode_event(event: Event) -> bytes:
-    """Bytes of at most `MAX_EVENT`; longer ones are a bug of ours, since texts are cut before."""
-    frame = _encoder.encode(event)
-    assert len(frame) <= MAX_EVENT, f"{type(event).__name__} of {len(frame)} bytes"
-    return frame
+    return _encoder.encode(event)
 
 
 def decode_command(frame: bytes) -> Command:

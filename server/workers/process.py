@@ -1,11 +1,10 @@
-"""One incarnation of a worker, seen from the API process: start, send, receive, kill."""
+"""One worker process, seen from the API process: start, send, receive, kill."""
 
 import asyncio
 import contextlib
 import logging
 import multiprocessing
 import queue
-import select
 import threading
 import time
 from collections.abc import Callable
@@ -13,13 +12,14 @@ from multiprocessing.connection import Connection
 
 import msgspec
 
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.model_info import ModelInfo
+from medusa_core.request import Request
+from server.workers.frames import FrameReader
 from server.workers.messages import (
     Abort,
     Command,
     Event,
     Loading,
-    ModelInfo,
     Ready,
     Rejected,
     Shutdown,
@@ -32,7 +32,6 @@ from server.workers.worker import WorkerConfig, worker_main
 
 logger = logging.getLogger(__name__)
 
-MAX_EVENTS_AT_ONCE = 64  # then other callbacks of the event loop have their turn
 REAP_SECONDS = 0.02  # between looks whether a process that closes down is gone
 STOP_SECONDS = 5.0  # a worker told to leave is killed after this
 
@@ -50,6 +49,7 @@ class WorkerProcess:
         on_exit: Callable[["WorkerProcess"], None],
     ) -> None:
         self.generation = generation
+        self.pid: int | None = None
         self.info: ModelInfo | None = None
         self.stage = "starting"  # what it loads, until `info` is there
         self.last_progress = time.monotonic()
@@ -91,12 +91,12 @@ class WorkerProcess:
         )
         try:
             self._process.start()
+            self.pid = self._process.pid
         finally:
             # Ours must be the only ends left here, else neither side would ever see the other's end of file.
             child_commands.close()
             child_events.close()
-        self._readable = select.poll()
-        self._readable.register(self._events.fileno(), select.POLLIN)
+        self._reader = FrameReader(self._events)
         self._loop.add_reader(self._events.fileno(), self._receive)
         self._loop.add_reader(self._process.sentinel, self._handle_exit)
         writer = threading.Thread(
@@ -104,13 +104,11 @@ class WorkerProcess:
         )
         writer.start()
 
-    def submit(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
-    ) -> None:
+    def submit(self, request: Request) -> None:
         if not self._running:
             self.last_progress = time.monotonic()
-        self._running.add(request_id)
-        self._send(Submit(self.generation, request_id, prompt_ids, params, client_id))
+        self._running.add(request.request_id)
+        self._send(Submit(self.generation, request))
 
     def abort(self, request_id: str) -> None:
         if request_id in self._running:
@@ -119,9 +117,9 @@ class WorkerProcess:
 
     def poll_events(self) -> None:
         """Take in what has arrived: before judging progress, and before declaring requests lost."""
-        with contextlib.suppress(EOFError, OSError):
-            while not self._events.closed and self._readable.poll(0):
-                self._handle(decode_event(self._events.recv_bytes()))
+        with contextlib.suppress(EOFError, OSError, msgspec.DecodeError):
+            while not self._events.closed and self._reader.fill():
+                self._handle_frames()
 
     def kill(self) -> None:
         """SIGKILL; `on_exit` follows from the event loop."""
@@ -146,16 +144,18 @@ class WorkerProcess:
 
     def _receive(self) -> None:
         try:
-            for _ in range(MAX_EVENTS_AT_ONCE):
-                self._handle(decode_event(self._events.recv_bytes()))
-                if not self._readable.poll(0):
-                    return
+            self._reader.fill()
+            self._handle_frames()
         except (EOFError, OSError):
             self._loop.remove_reader(self._events.fileno())  # the sentinel tells the rest
         except msgspec.DecodeError:
             logger.exception("worker %d sent an unreadable event and is killed", self.generation)
             self._loop.remove_reader(self._events.fileno())
             self.kill()
+
+    def _handle_frames(self) -> None:
+        for frame in self._reader.frames():
+            self._handle(decode_event(frame))
 
     def _handle(self, event: Event) -> None:
         match event:

@@ -1,7 +1,7 @@
 """The queue: admits requests, hands each to a worker with a free slot, and ends every one exactly once.
 
 All of it runs on the event loop's thread, so nothing here locks. Waiting requests live in this process only:
-they survive the loss of a worker, and cancelling one costs nothing.
+they survive the loss of a worker, and canceling one costs nothing.
 """
 
 import asyncio
@@ -13,13 +13,13 @@ from enum import Enum, auto
 from typing import Protocol
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.request import Request
 from server import errors
 from server.errors import ApiError
 from server.observability.logging import COMPLETION_ID, REQUEST_ID
 from server.observability.metrics import ServerMetrics
 from server.observability.timeline import Timeline
-from server.workers.token_queue import End, Failed, Finished, Mailbox
+from server.workers.token_queue import End, Failed, Finished, TokenQueue
 
 logger = logging.getLogger(__name__)
 
@@ -33,9 +33,7 @@ class WorkerPort(Protocol):
     def num_free(self) -> int:
         """Slots without a request."""
 
-    def submit(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
-    ) -> None:
+    def submit(self, request: Request) -> None:
         """Take the request into a free slot; never blocks."""
 
     def abort(self, request_id: str) -> None:
@@ -54,12 +52,9 @@ class JobState(Enum):
 class Job:
     """One accepted request; the scheduler alone changes it."""
 
-    request_id: str
-    prompt_ids: list[int]
-    params: SamplingParams
+    request: Request
     timeline: Timeline
-    client_id: str = ""  # `x-request-id`, for the log
-    mailbox: Mailbox = field(default_factory=lambda: Mailbox(CHUNK_INTERVAL))
+    tokens: TokenQueue = field(default_factory=lambda: TokenQueue(CHUNK_INTERVAL))
     state: JobState = JobState.WAITING
     worker: WorkerPort | None = None
     timer: asyncio.TimerHandle | None = None
@@ -67,7 +62,8 @@ class Job:
     @property
     def log_ids(self) -> dict[str, str]:
         """For a log line about it that is written outside its own task."""
-        return {COMPLETION_ID: self.request_id} | ({REQUEST_ID: self.client_id} if self.client_id else {})
+        client_id = self.request.client_id
+        return {COMPLETION_ID: self.request.request_id} | ({REQUEST_ID: client_id} if client_id else {})
 
 
 class Scheduler:
@@ -80,7 +76,7 @@ class Scheduler:
         self._queue_limit = queue_limit
         self._max_marks = max_marks
         self._request_timeout = request_timeout
-        self._metrics = metrics
+        self.metrics = metrics
         self._waiting: dict[str, Job] = {}
         self._running: dict[str, Job] = {}
         self._workers: list[WorkerPort] = []
@@ -105,12 +101,12 @@ class Scheduler:
             raise _no_worker()
         num_free = sum(worker.num_free for worker in self._workers)
         if len(self._waiting) + self._num_preparing >= self._queue_limit + num_free:
-            self._metrics.observe_rejection()
+            self.metrics.observe_rejection()
             raise errors.queue_full()
 
     @contextmanager
     def preparing(self) -> Iterator[None]:
-        """Hold a place in the queue while a prompt is tokenised, so that long ones cannot pile up before it.
+        """Hold a place in the queue while a prompt is tokenized, so that long ones cannot pile up before it.
 
         Raises like `check_room`.
         """
@@ -121,15 +117,12 @@ class Scheduler:
         finally:
             self._num_preparing -= 1
 
-    def submit(
-        self, request_id: str, prompt_ids: list[int], params: SamplingParams, client_id: str = ""
-    ) -> Job:
-        """Accept a request, which gets exactly one end in its mailbox. Raises like `check_room`."""
+    def submit(self, request: Request) -> Job:
+        """Accept a request, whose tokens get exactly one end. Raises like `check_room`."""
         self.check_room()
-        timeline = Timeline(max_marks=self._max_marks)
-        job = Job(request_id, prompt_ids, params, timeline, client_id)
-        job.timer = asyncio.get_running_loop().call_later(self._request_timeout, self._expire, job)
-        self._waiting[request_id] = job
+        job = Job(request, Timeline(max_marks=self._max_marks))
+        job.timer = asyncio.get_running_loop().call_later(self._request_timeout, self.expire, job)
+        self._waiting[request.request_id] = job
         self._idle.clear()
         self._dispatch()
         return job
@@ -141,6 +134,15 @@ class Scheduler:
     def stop(self, job: Job) -> None:
         """A stop string was found in its text."""
         self._end(job, Finished(FinishReason.STOP))
+
+    def expire(self, job: Job) -> None:
+        """Its time is up: cut short what it has, or refuse it."""
+        if job.state is JobState.RUNNING:
+            logger.warning("cut short: the request ran into its timeout", extra=job.log_ids)
+            self._end(job, Finished(FinishReason.LENGTH))
+        else:
+            logger.warning("refused: no slot within the request timeout", extra=job.log_ids)
+            self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
 
     def fail_all(self, error: ApiError) -> None:
         """End everything, waiting and running."""
@@ -160,14 +162,14 @@ class Scheduler:
     def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
         """Tokens of a step. What a request that has ended still gets is dropped."""
         if output.stats is not None:
-            self._metrics.observe_step(output.stats, len(output.token_ids))
+            self.metrics.observe_step(output.stats, len(output.token_ids))
         job = self._running.get(output.request_id)
         if job is None or job.worker is not worker:
             return
         first_token_seconds = job.timeline.step(output)
         if first_token_seconds is not None:
-            self._metrics.time_to_first_token.observe(first_token_seconds)
-        job.mailbox.put(output.token_ids)
+            self.metrics.time_to_first_token.observe(first_token_seconds)
+        job.tokens.put(output)
         match output.finish_reason:
             case None:
                 pass
@@ -204,33 +206,26 @@ class Scheduler:
                 return
             job = self._waiting.pop(next(iter(self._waiting)))
             job.state, job.worker = JobState.RUNNING, worker
-            self._running[job.request_id] = job
-            self._metrics.queue_wait.observe(job.timeline.dispatch())
-            worker.submit(job.request_id, job.prompt_ids, job.params, job.client_id)
-
-    def _expire(self, job: Job) -> None:
-        if job.state is JobState.RUNNING:
-            logger.warning("cut short: the request ran into its timeout", extra=job.log_ids)
-            self._end(job, Finished(FinishReason.LENGTH))
-        else:
-            logger.warning("refused: no slot within the request timeout", extra=job.log_ids)
-            self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
+            self._running[job.request.request_id] = job
+            self.metrics.queue_wait.observe(job.timeline.dispatch())
+            worker.submit(job.request)
 
     def _end(self, job: Job, end: End) -> None:
         if job.state is JobState.ENDED:
             return
         was_running, job.state = job.state is JobState.RUNNING, JobState.ENDED
+        request_id = job.request.request_id
         if job.timer is not None:
             job.timer.cancel()
         if was_running:
-            del self._running[job.request_id]
+            del self._running[request_id]
             assert job.worker is not None
-            job.worker.abort(job.request_id)
+            job.worker.abort(request_id)
         else:
-            del self._waiting[job.request_id]
-        job.mailbox.close(end)
+            del self._waiting[request_id]
+        job.tokens.close(end)
         reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
-        self._metrics.observe_end(reason, job.timeline.end(reason))
+        self.metrics.observe_end(reason, job.timeline.end(reason))
         if not self._waiting and not self._running:
             self._idle.set()
         self._dispatch()
@@ -238,7 +233,7 @@ class Scheduler:
     def _failure_of(self, output: StepOutput) -> ApiError:
         if not output.out_of_memory:
             return errors.generation_failed()
-        self._metrics.out_of_memory.inc()
+        self.metrics.out_of_memory.inc()
         return errors.out_of_memory()
 
 

@@ -1,4 +1,4 @@
-"""One worker's position: its incarnations one after the other, restarts with back-off, and what is a hang."""
+"""Restarts a worker with back-off; detects hangs."""
 
 import asyncio
 import logging
@@ -6,37 +6,17 @@ import time
 from dataclasses import dataclass
 from typing import Protocol
 
-from medusa_core.engine.outputs import StepOutput
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.model_info import ModelInfo
 from server.observability.metrics import ServerMetrics
-from server.workers.messages import Event, Loading, ModelInfo, Ready, Rejected, StartFailed, Step
+from server.workers.messages import Event, Loading, Ready, Rejected, StartFailed, Step
 from server.workers.process import WorkerProcess
-from server.workers.scheduler import WorkerPort
+from server.workers.scheduler import Scheduler
 from server.workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 0.5  # seconds, doubled for each restart in a row without a completed step
 MAX_BACKOFF = 30.0
-
-
-class WorkerListener(Protocol):
-    """Who is told what workers do; the scheduler."""
-
-    def worker_ready(self, worker: WorkerPort) -> None:
-        """It takes requests."""
-
-    def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
-        """Tokens for one request."""
-
-    def worker_rejected(self, worker: WorkerPort, request_id: str, message: str, param: str | None) -> None:
-        """One request was refused."""
-
-    def worker_lost(self, worker: WorkerPort) -> None:
-        """It is gone, and what ran on it too."""
-
-    def workers_gone(self) -> None:
-        """No worker is left and none will come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,25 +31,17 @@ class PoolPolicy:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why an incarnation ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
+    """Why a worker process ended: `reason` for the metric (`RESTART_REASONS`), `text` for people."""
 
     reason: str = "crash"
     text: str = "the worker died"
 
 
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What the first worker said of its engine."""
-
-    info: ModelInfo
-    defaults: SamplingParams
-
-
-class ReplicaOwner(Protocol):
-    """The pool, as its replicas see it."""
+class SupervisorOwner(Protocol):
+    """The pool, as its supervisors see it."""
 
     policy: PoolPolicy
-    listener: WorkerListener
+    scheduler: Scheduler
     metrics: ServerMetrics
     is_stopping: bool
 
@@ -80,17 +52,17 @@ class ReplicaOwner(Protocol):
     def next_generation(self) -> int:
         """A number no worker has had."""
 
-    def note_ready(self, served: ServedModel) -> None:
+    def note_ready(self, info: ModelInfo) -> None:
         """A worker has loaded."""
 
     def note_given_up(self) -> None:
-        """A replica will not start again."""
+        """A worker will not start again."""
 
 
-class Replica:
-    """The position of one worker: its current incarnation and the account of restarts."""
+class WorkerSupervisor:
+    """Keeps one worker running: its current process, and how often it was restarted in a row."""
 
-    def __init__(self, pool: ReplicaOwner, config: WorkerConfig) -> None:
+    def __init__(self, pool: SupervisorOwner, config: WorkerConfig) -> None:
         self._pool = pool
         self._config = config
         self._restarts_in_row = 0
@@ -102,7 +74,7 @@ class Replica:
         self.given_up: str | None = None  # why there will be no further restart
 
     def start(self) -> None:
-        """Spawn the next incarnation."""
+        """Spawn the next process."""
         self._timer = None
         self._failure = Failure()
         self.worker = WorkerProcess(
@@ -146,7 +118,7 @@ class Replica:
         self.is_ready = False
         self.worker.kill()
         # Not only at its exit: a process that hangs inside a driver may not end for a long time.
-        self._pool.listener.worker_lost(self.worker)
+        self._pool.scheduler.worker_lost(self.worker)
 
     def _silence(self) -> float:
         """Seconds without progress, as far as there was something to do."""
@@ -179,28 +151,27 @@ class Replica:
         return logging.ERROR if self.has_started or not self._pool.has_one_worker else logging.DEBUG
 
     def _handle_event(self, worker: WorkerProcess, event: Event) -> None:
-        listener = self._pool.listener
+        scheduler = self._pool.scheduler
         match event:
             case Loading(stage=stage):
                 logger.debug("worker %d: %s", worker.generation, stage)
-            case Ready(info=info, defaults=defaults):
+            case Ready(info=info):
                 self.has_started = self.is_ready = True
-                self._pool.note_ready(ServedModel(info, defaults))
-                listener.worker_ready(worker)
+                self._pool.note_ready(info)
+                scheduler.worker_ready(worker)
             case StartFailed(message=message):
                 self._failure = Failure("load", message)
             case Step(output=output):
                 self._restarts_in_row = 0
                 if output is not None:
-                    listener.worker_output(worker, output)
+                    scheduler.worker_output(worker, output)
             case Rejected(request_id=request_id, message=message, param=param):
-                listener.worker_rejected(worker, request_id, message, param)
+                scheduler.worker_rejected(worker, request_id, message, param)
 
     def _handle_exit(self, worker: WorkerProcess) -> None:
         self.worker = None
         self.is_ready = False
-        listener = self._pool.listener
-        listener.worker_lost(worker)
+        self._pool.scheduler.worker_lost(worker)
         if self._pool.is_stopping:
             return
         logger.log(

@@ -1,9 +1,9 @@
-"""Where a request's tokens wait for whoever turns them into text."""
+"""The queue of a request's step outputs, between the scheduler and whoever turns tokens into text."""
 
 import asyncio
 from dataclasses import dataclass
 
-from medusa_core.engine.outputs import FinishReason
+from medusa_core.engine.outputs import FinishReason, StepOutput
 from server.errors import ApiError
 
 
@@ -24,28 +24,28 @@ class Failed:
 End = Finished | Failed
 
 
-class Mailbox:
-    """Tokens and one end, from the event loop's callbacks to one reader on the same loop.
+class TokenQueue:
+    """Outputs with tokens and one end, from the event loop's callbacks to one reader on the same loop.
 
     The first tokens are handed out at once, further ones in batches at least `interval` seconds apart, and
     the end at once with what is left. Where a step takes 3 ms, a chunk, its JSON, two system calls and the
     client's own work for each step would cost a tenth of the speed; nobody sees 8 ms.
     """
 
-    __slots__ = ("_end", "_interval", "_not_before", "_timer", "_tokens", "_waiter")
+    __slots__ = ("_end", "_interval", "_not_before", "_outputs", "_timer", "_waiter")
 
     def __init__(self, interval: float = 0.0) -> None:
         self._interval = interval
         self._not_before = 0.0  # the loop's time
-        self._tokens: list[int] = []
+        self._outputs: list[StepOutput] = []
         self._end: End | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
 
-    def put(self, token_ids: tuple[int, ...]) -> None:
-        """Add tokens; after the end they are dropped, since nobody may see them."""
-        if token_ids and self._end is None:
-            self._tokens.extend(token_ids)
+    def put(self, output: StepOutput) -> None:
+        """Add a step's tokens, if it has any; after the end they are dropped, since nobody may see them."""
+        if output.token_ids and self._end is None:
+            self._outputs.append(output)
             if self._waiter is not None:
                 self._wake_in_time()
 
@@ -57,12 +57,12 @@ class Mailbox:
         self._wake()
         return True
 
-    async def take(self) -> tuple[list[int], End | None]:
-        """All tokens not yet taken, and the end if it has come. Waits until there is either."""
+    async def take(self) -> tuple[list[StepOutput], End | None]:
+        """All outputs not yet taken, and the end if it has come. Waits until there is either."""
         loop = asyncio.get_running_loop()
-        while self._end is None and not (self._tokens and loop.time() >= self._not_before):
+        while self._end is None and not (self._outputs and loop.time() >= self._not_before):
             self._waiter = loop.create_future()
-            if self._tokens:
+            if self._outputs:
                 self._wake_in_time()
             try:
                 await self._waiter
@@ -72,8 +72,8 @@ class Mailbox:
             self._timer.cancel()
             self._timer = None
         self._not_before = loop.time() + self._interval
-        tokens, self._tokens = self._tokens, []
-        return tokens, self._end
+        outputs, self._outputs = self._outputs, []
+        return outputs, self._end
 
     def _wake_in_time(self) -> None:
         loop = asyncio.get_running_loop()

@@ -11,26 +11,23 @@ import select
 import signal
 import sys
 import threading
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
-import msgspec
-
 from medusa_core.config import EngineConfig
 from medusa_core.engine.outputs import StepOutput
 from medusa_core.errors import ConfigError, MedusaError, TreeError
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.model_info import ModelInfo
+from medusa_core.request import Request
 from server.observability.logging import COMPLETION_ID, LogFormat, adopt_libraries, configure_logging
+from server.workers.frames import FrameWriter
 from server.workers.messages import (
     Abort,
     Command,
     Event,
     Loading,
-    ModelInfo,
     Ready,
     Rejected,
     Shutdown,
@@ -69,7 +66,7 @@ class WorkerEngine(Protocol):
     def has_work(self) -> bool:
         """Whether `step` has something to do."""
 
-    def add(self, request_id: str, prompt_ids: Sequence[int], params: SamplingParams) -> None:
+    def add(self, request: Request) -> None:
         """Take a request into a slot; raises a `MedusaError` that is this request's own."""
 
     def abort(self, request_id: str) -> bool:
@@ -77,33 +74,6 @@ class WorkerEngine(Protocol):
 
     def step(self) -> list[StepOutput]:
         """One step of one slot."""
-
-
-class Outbox:
-    """Events on their way to the API process. A slow reader never holds up decoding: frames wait here."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._frames: deque[bytes] = deque()
-        self._writable = select.poll()
-        self._writable.register(connection.fileno(), select.POLLOUT)
-
-    @property
-    def has_backlog(self) -> bool:
-        return bool(self._frames)
-
-    def fileno(self) -> int:
-        """The pipe's descriptor, to wait for room in it."""
-        return self._connection.fileno()
-
-    def put(self, event: Event) -> None:
-        self._frames.append(encode_event(event))
-        self.flush()
-
-    def flush(self) -> None:
-        """Write what the pipe takes without blocking. Raises `BrokenPipeError` when the reader is gone."""
-        while self._frames and self._writable.poll(0):
-            self._connection.send_bytes(self._frames.popleft())
 
 
 class WorkerLoop:
@@ -114,7 +84,7 @@ class WorkerLoop:
         engine: WorkerEngine,
         generation: int,
         commands: Connection,
-        outbox: Outbox,
+        outbox: FrameWriter,
         client_ids: dict[str, str] | None = None,
     ) -> None:
         self._engine = engine
@@ -152,29 +122,34 @@ class WorkerLoop:
             if output.finish_reason is not None:
                 self._client_ids.pop(output.request_id, None)
             if output.error is not None:
-                self._outbox.put(Step(self._generation, replace(output, error=clip(output.error))))
-            else:
-                self._outbox.put(Step(self._generation, output))
+                output = replace(output, error=clip(output.error))
+            self._tell(Step(self._generation, output))
         if not outputs:
-            self._outbox.put(Step(self._generation, None))
+            self._tell(Step(self._generation, None))
+
+    def _tell(self, event: Event) -> None:
+        self._outbox.put(encode_event(event))
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(generation=generation) if generation != self._generation:
-                ids = {COMPLETION_ID: command.request_id}
+            case Submit(generation=generation, request=request) if generation != self._generation:
+                ids = {COMPLETION_ID: request.request_id}
                 logger.error("a request was meant for worker generation %d", generation, extra=ids)
-            case Submit(request_id=request_id, prompt_ids=prompt_ids, params=params):
-                self._client_ids[request_id] = command.client_id
-                try:
-                    self._engine.add(request_id, prompt_ids, params)
-                except MedusaError as error:
-                    self._client_ids.pop(request_id)
-                    self._outbox.put(Rejected(self._generation, request_id, clip(str(error)), _param(error)))
+            case Submit(request=request):
+                self._add(request)
             case Abort(request_id=request_id):
                 self._engine.abort(request_id)
                 self._client_ids.pop(request_id, None)
             case Shutdown():
                 raise AssertionError("the loop handles Shutdown itself")
+
+    def _add(self, request: Request) -> None:
+        self._client_ids[request.request_id] = request.client_id
+        try:
+            self._engine.add(request)
+        except MedusaError as error:
+            del self._client_ids[request.request_id]
+            self._tell(Rejected(self._generation, request.request_id, clip(str(error)), _param(error)))
 
 
 def worker_main(config: WorkerConfig, generation: int, commands: Connection, events: Connection) -> None:
@@ -185,9 +160,9 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
     configure_logging(config.log_level, config.log_format, worker=generation, client_ids=client_ids)
     _leave_with_parent()
     try:
-        outbox = Outbox(events)
         engine = _build_engine(config, generation, events)
-        outbox.put(Ready(generation, _describe(engine), engine.default_params()))
+        outbox = FrameWriter(events)  # only now: what is told while it loads may block
+        outbox.put(encode_event(Ready(generation, _clipped(engine.info))))
         WorkerLoop(engine, generation, commands, outbox, client_ids).run()
     except (EOFError, BrokenPipeError):
         logger.debug("worker %d leaves: the API process is gone", generation)
@@ -221,9 +196,9 @@ def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> 
         sys.exit(START_FAILED_EXIT)
 
 
-def _describe(engine: Any) -> ModelInfo:
-    info = msgspec.convert(asdict(engine.info), ModelInfo)
-    return msgspec.structs.replace(info, model=clip(info.model), heads=info.heads and clip(info.heads))
+def _clipped(info: ModelInfo) -> ModelInfo:
+    """With names that fit a log line: a path can have thousands of characters."""
+    return replace(info, model=clip(info.model), heads=info.heads and clip(info.heads))
 
 
 def _param(error: MedusaError) -> str | None:

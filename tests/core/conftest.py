@@ -158,6 +158,24 @@ def tiny_answers(
 
 
 @pytest.fixture(scope="session")
+def plain(
+    tiny_backbone: Backbone, tiny_chat: ChatTokenizer
+) -> Callable[[list[int], SamplingParams], Decoded]:
+    """Answers of an engine without heads, each decoded once: what speculation must not change."""
+    config = EngineConfig(dtype="float32", measure=False)
+    engine = Engine.from_parts(tiny_backbone.model, tiny_chat, None, config)
+    answers: dict[str, Decoded] = {}
+
+    def answer(prompt_ids: list[int], params: SamplingParams) -> Decoded:
+        key = repr((prompt_ids, params))
+        if key not in answers:
+            answers[key] = decode(engine, prompt_ids, params)
+        return answers[key]
+
+    return answer
+
+
+@pytest.fixture(scope="session")
 def heads_that_know(
     tiny_backbone: Backbone, tiny_answers: list[tuple[list[int], int]]
 ) -> Callable[[str], MedusaHeads | HydraHeads]:

@@ -1,7 +1,6 @@
 """Dockerfile, compose files and .env.example: linted, resolved by real tools, in step with the settings."""
 
 import functools
-import importlib.util
 import re
 import shutil
 import subprocess
@@ -11,11 +10,11 @@ import tomllib
 from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from dockerfile import Stage, in_context, lineage, read_dockerfile, read_patterns
 
 from medusa_core import __version__
 from server.settings import PREFIX, Settings
@@ -74,19 +73,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 @pytest.fixture(scope="module")
-def dockerfile(dockerfile_module: ModuleType) -> dict[str, Any]:
-    return dockerfile_module.read_dockerfile(ROOT / "Dockerfile")
-
-
-@pytest.fixture(scope="module")
-def dockerfile_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("dockerfile", DOCKER / "dockerfile.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["dockerfile"] = module
-    spec.loader.exec_module(module)
-    return module
+def stages() -> dict[str, Stage]:
+    return read_dockerfile(ROOT / "Dockerfile")
 
 
 def test_the_linter_finds_nothing_in_the_dockerfile() -> None:
@@ -98,8 +86,8 @@ def test_compose_files_follow_the_compose_specification() -> None:
     run(program("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", *files)
 
 
-def test_bases_and_images_are_pinned(dockerfile: dict[str, Any], config: Config) -> None:
-    bases = {stage.base for stage in dockerfile.values()} - dockerfile.keys()
+def test_bases_and_images_are_pinned(stages: dict[str, Stage], config: Config) -> None:
+    bases = {stage.base for stage in stages.values()} - stages.keys()
     assert bases
     assert all(re.fullmatch(r"python:3\.11\.\d+-slim-\w+", base) for base in bases)
     for file in (GPU, CPU):
@@ -111,47 +99,43 @@ def test_bases_and_images_are_pinned(dockerfile: dict[str, Any], config: Config)
 
 
 @pytest.mark.parametrize("target", ["cpu", "cuda"])
-def test_an_image_runs_as_nobody_special_and_hears_signals(
-    dockerfile: dict[str, Any], dockerfile_module: ModuleType, target: str
-) -> None:
-    stages = dockerfile_module.lineage(dockerfile, target)
+def test_an_image_runs_as_nobody_special_and_hears_signals(stages: dict[str, Stage], target: str) -> None:
+    built = lineage(stages, target)
     said = {
-        word: [found for stage in stages if (found := stage.last(word))][-1]
+        word: [found for stage in built if (found := stage.last(word))][-1]
         for word in ("USER", "ENTRYPOINT", "CMD", "STOPSIGNAL", "HEALTHCHECK", "VOLUME", "LABEL")
     }
     assert said["USER"].text == "10001:10001"
     assert all(said[word].is_exec_form for word in ("ENTRYPOINT", "CMD", "HEALTHCHECK"))
     assert said["STOPSIGNAL"].text == "SIGTERM"
     assert said["LABEL"].pairs["org.opencontainers.image.version"] == __version__
-    env = {
-        k: v for stage in stages for i in stage.instructions if i.word == "ENV" for k, v in i.pairs.items()
-    }
+    env = {k: v for stage in built for i in stage.instructions if i.word == "ENV" for k, v in i.pairs.items()}
     assert said["VOLUME"].text == f'["{env["HF_HOME"]}"]'
     assert {name: env[name] for name in ADDRESSES} == {
         "MEDUSA_HOST": "0.0.0.0",
         "MEDUSA_PORT": "8000",
         "MEDUSA_METRICS_PORT": "9400",
     }
-    runs = [i.text for stage in stages for i in stage.instructions if i.word == "RUN"]
+    runs = [i.text for stage in built for i in stage.instructions if i.word == "RUN"]
     assert not any("pip" in text or "apt" in text for text in runs)  # these are the build stages' business
     assert Settings.model_fields["host"].default == "127.0.0.1"
 
 
 def test_the_build_context_holds_what_is_copied_and_nothing_else(
-    dockerfile: dict[str, Any], dockerfile_module: ModuleType
+    stages: dict[str, Stage],
 ) -> None:
-    patterns = dockerfile_module.read_patterns(ROOT / ".dockerignore")
+    patterns = read_patterns(ROOT / ".dockerignore")
     tracked = run("git", "ls-files", cwd=ROOT).splitlines() if (ROOT / ".git").exists() else []
-    inside = {path for path in tracked if dockerfile_module.in_context(path, patterns)}
+    inside = {path for path in tracked if in_context(path, patterns)}
     copied = {
         source
-        for stage in dockerfile.values()
+        for stage in stages.values()
         for instruction in stage.instructions
         if instruction.word == "COPY" and "from" not in instruction.flags
         for source in instruction.text.split()[:-1]
     }
     files = [path for path in copied if (ROOT / path).is_file()]
-    assert [path for path in files if not dockerfile_module.in_context(path, patterns)] == []
+    assert [path for path in files if not in_context(path, patterns)] == []
     assert [path for path in inside if not any(f"{path}/".startswith(f"{c}/") for c in copied)] == []
     for path in (
         ".env",
@@ -161,8 +145,8 @@ def test_the_build_context_holds_what_is_copied_and_nothing_else(
         "tests/conftest.py",
         "runs/x",
     ):
-        assert not dockerfile_module.in_context(path, patterns), path
-    assert not dockerfile_module.in_context("server/__pycache__/app.cpython-311.pyc", patterns)
+        assert not in_context(path, patterns), path
+    assert not in_context("server/__pycache__/app.cpython-311.pyc", patterns)
 
 
 def test_packages_of_the_image_are_those_of_the_project() -> None:

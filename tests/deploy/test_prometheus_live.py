@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import eventually, free_ports
+
 pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
@@ -26,20 +27,6 @@ SHIPPED = ROOT / "deploy" / "prometheus"
 MODEL = "medusa-demo"
 TIMEOUT = 120.0
 CLIENTS = 6  # a slot and a queue of two: some find no room
-
-
-def eventually(condition, what):
-    deadline = time.monotonic() + TIMEOUT
-    while not (value := condition()):
-        assert time.monotonic() < deadline, what() if callable(what) else what
-        time.sleep(0.2)
-    return value
-
-
-def free_ports(count):
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @contextlib.contextmanager
@@ -59,7 +46,7 @@ def running(command, log, is_up, **options):
                     return is_up().status_code == 200
                 return False
 
-            eventually(answers, f"{command[0]} does not answer")
+            eventually(answers, TIMEOUT, f"{command[0]} does not answer")
             yield process
         finally:
             process.terminate()
@@ -144,7 +131,7 @@ def monitoring(prometheus, tmp_path_factory):
 @pytest.fixture(scope="module")
 def idle(monitoring, panel_queries, records):
     """Answers to every expression before the first request, after a few scrapes."""
-    eventually(lambda: monitoring.query("count_over_time(medusa_ready[1m]) > 4"), "no scrapes")
+    eventually(lambda: monitoring.query("count_over_time(medusa_ready[1m]) > 4"), TIMEOUT, "no scrapes")
     queries = [*panel_queries, *records]
     return {str(query): monitoring.query(monitoring.substituted(query.expr)) for query in queries}
 
@@ -205,7 +192,7 @@ def found(monitoring, expr):
         last[:] = monitoring.query(expr)
         return last and all(math.isfinite(value) for _, value in last)
 
-    eventually(has_numbers, lambda: f"{expr}\nfound {last}")
+    eventually(has_numbers, TIMEOUT, lambda: f"{expr}\nfound {last}")
     return last
 
 
@@ -248,7 +235,7 @@ def test_every_alert_compares_data(busy, alerts, without_comparisons):
 def test_the_load_had_every_mode_errors_and_refusals(busy):
     by_mode = {labels["mode"] for labels, _ in found(busy, "medusa_decode_steps_total > 0")}
     assert by_mode == {"exact", "typical", "off"}
-    eventually(lambda: {"200", "400", "429"} <= statuses(busy), lambda: f"only {statuses(busy)}")
+    eventually(lambda: {"200", "400", "429"} <= statuses(busy), TIMEOUT, lambda: f"only {statuses(busy)}")
     codes = {labels["code"] for labels, _ in found(busy, "medusa_errors_total")}
     assert "rate_limit_exceeded" in codes
     assert len(codes) >= 2

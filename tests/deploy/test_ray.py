@@ -1,14 +1,13 @@
 """The server on Ray Serve: a killed replica and its replacement, and a config that fits the server."""
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +18,7 @@ import yaml
 from medusa_core.errors import ConfigError
 from server.settings import PREFIX, Settings
 
-pytest.importorskip("ray", reason="Ray is not installed; `make setup` brings it along")
+pytest.importorskip("ray", reason="Ray is not installed; `make setup-dev` brings it along")
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "ray"
@@ -28,15 +27,10 @@ RUN_SECONDS = 300
 
 
 @pytest.fixture(scope="module")
-def serve_app() -> Iterator[ModuleType]:
-    spec = importlib.util.spec_from_file_location("serve_app", FOLDER / "serve_app.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+def serve_app() -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, when it is imported
-        spec.loader.exec_module(module)
-    return module
+        return importlib.import_module("serve_app")
 
 
 @pytest.fixture(params=["config.yaml", "config.cpu.yaml"])

@@ -19,9 +19,11 @@ import httpx
 import pytest
 
 from server.app import create_app
+from server.http.sockets import bind
 from server.runtime import Runtime
-from server.serve import bind, build_server
+from server.serve import build_server
 from server.settings import Settings
+from server.workers.process import WorkerProcess
 
 START_SECONDS = 120.0
 WAIT_SECONDS = 30.0
@@ -53,11 +55,14 @@ class LiveServer:
 
     @property
     def worker_pid(self) -> int:
-        worker = self.runtime.pool._replicas[0].worker
-        assert worker is not None
-        pid = worker._process.pid
-        assert pid is not None
-        return pid
+        assert self.worker is not None
+        assert self.worker.pid is not None
+        return self.worker.pid
+
+    @property
+    def worker(self) -> WorkerProcess | None:
+        """The process that the first worker is at the moment."""
+        return self.runtime.pool.supervisors[0].worker
 
     def wait_ready(self) -> None:
         eventually(
@@ -198,7 +203,7 @@ def open_request() -> Iterator[Callable[..., socket.socket]]:
     with contextlib.ExitStack() as connections:
 
         def send(server: LiveServer, **changes: Any) -> socket.socket:
-            address = server.serve.getsockname()
+            address = server.listener.getsockname()
             content = json.dumps(server.body(**changes)).encode()
             connection = connections.enter_context(socket.create_connection(address))
             head = "POST /v1/chat/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"

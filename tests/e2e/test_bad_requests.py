@@ -59,7 +59,7 @@ BAD_VALUES = [
     ({"stop": 3}, 400, "stop", "invalid_type"),
     ({"stream": "yes"}, 400, "stream", "invalid_type"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "invalid_value"),
-    ({"stream": True, "stream_options": {"colour": 1}}, 400, "stream_options.colour", "unknown_parameter"),
+    ({"stream": True, "stream_options": {"color": 1}}, 400, "stream_options.color", "unknown_parameter"),
     ({"n": 2}, 400, "n", "unsupported_value"),
     ({"n": True}, 400, "n", "unsupported_value"),
     ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "unsupported_value"),
@@ -75,6 +75,8 @@ BAD_VALUES = [
     ({"x" * 5000: 1}, 400, "x" * 400 + "…", "unknown_parameter"),
     ({"\ud800": 1}, 400, None, "invalid_body"),
     ({"speculation": {"mode": "turbo"}}, 400, "speculation.mode", "invalid_value"),
+    ({"speculation": {"source": "oracle"}}, 400, "speculation.source", "invalid_value"),
+    ({"speculation": {"source": "both", "tree": "static"}}, 400, "speculation.tree", "invalid_value"),
     ({"speculation": {"tree": "../../etc/passwd"}}, 400, "speculation.tree", "invalid_value"),
     ({"speculation": {"epsilon": 1.5}}, 400, "speculation.epsilon", "invalid_value"),
     ({"speculation": {"delta": -1}}, 400, "speculation.delta", "invalid_value"),
@@ -177,7 +179,7 @@ def test_body_too_large(live, chunked):
 
 def test_template_refusal_names_messages(live, monkeypatch):
     """The fixture's template takes every role that validation lets through; a stricter one stands in."""
-    tokenizer = live.runtime.model.chat.tokenizer
+    tokenizer = live.runtime.prompts.chat.tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     message = assert_error(live.post(), 400, "messages", "invalid_value")
     assert "roles must alternate" in message

@@ -95,6 +95,13 @@ def test_speculation_does_not_change_the_text(live, temperature):
         assert live.text(**sampled, speculation={"mode": "exact", "tree": tree}) == plain
 
 
+@pytest.mark.parametrize("source", ["heads", "ngram", "both"])
+def test_no_draft_source_changes_the_text(live, source):
+    quoting = {"messages": [{"role": "user", "content": "the table is booked, the table is booked, the"}]}
+    plain = live.text(**quoting, max_tokens=60, speculation={"mode": "off"})
+    assert live.text(**quoting, max_tokens=60, speculation={"source": source}) == plain
+
+
 def test_typical_mode_answers(live):
     assert live.text(temperature=0.8, seed=1, speculation={"mode": "typical", "epsilon": 0.2, "delta": 0.4})
 

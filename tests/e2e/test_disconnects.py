@@ -35,8 +35,7 @@ def test_abandoned_stream_ends_on_the_worker_too(live, wait_until):
     ) as answer:
         next(answer.iter_lines())
     live.wait_idle()
-    worker = live.runtime.pool._replicas[0].worker
-    wait_until(lambda: worker.num_free == 1)
+    wait_until(lambda: live.worker.num_free == 1)
 
     def generated():
         return sum(

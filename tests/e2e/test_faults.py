@@ -1,5 +1,6 @@
 """Workers that die, hang or never come back, and requests that run out of time."""
 
+import contextlib
 import json
 import shutil
 import signal
@@ -41,56 +42,81 @@ def error_of(events):
     return json.loads(last)["error"]
 
 
-def test_kill_under_four_streams_then_a_hang(start_server, wait_until):
+def num_pipes():
+    """Pipes that this process, which the server runs in, has open."""
+    links = []
+    for descriptor in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            links.append(str(descriptor.readlink()))
+    return sum(link.startswith("pipe:") for link in links)
+
+
+def stop_while_loading(server, wait_until):
+    """Kill the worker, and stop the next one in the middle of its start."""
+    pid = server.worker_pid
+    server.kill_worker()
+    # Not before its first word: the object is there before its process.
+    wait_until(lambda: server.worker is not None and server.worker.stage == "importing libraries")
+    assert server.worker_pid != pid
+    server.kill_worker(signal.SIGSTOP)
+
+
+@pytest.fixture(scope="module")
+def four_slots(start_server):
+    """A server whose worker may be silent for three seconds. Every test leaves it with a worker."""
     server = start_server(slots=4, stall_timeout=3.0)
-    scheduler = server.runtime.scheduler
-    try:
-        streams = Background([lambda: server.stream(max_tokens=8000)] * 4)
-        wait_until(lambda: scheduler.num_running == 4)
-        first_pid = server.worker_pid
-        first_worker = server.runtime.pool._replicas[0].worker
-        server.kill_worker()
-        for events in streams.join():
-            assert error_of(events)["code"] == "worker_lost"
-        assert first_worker.exit_code == -signal.SIGKILL
-        assert "closed" in repr(first_worker._process)  # its descriptors do not add up over restarts
-        # The next request waits for the restart.
-        assert server.post(timeout=120, max_tokens=3).status_code == 200
-        assert server.worker_pid != first_pid
-        assert server.metric("medusa_worker_restarts_total", reason="crash") == 1
-        assert server.metric("medusa_requests_total", finish_reason="error") == 4
+    yield server
+    server.stop()
 
-        # Alive but hung: judged only while work is pending.
-        server.kill_worker(signal.SIGSTOP)
-        time.sleep(3.5)
-        assert server.get("/ready").status_code == 200
-        streams = Background([lambda: server.stream(max_tokens=100)])
-        wait_until(lambda: server.get("/ready").status_code == 503)
-        assert error_of(streams.join()[0])["code"] == "worker_lost"
-        assert server.post(timeout=120, max_tokens=3).status_code == 200
-        assert server.get("/ready").status_code == 200
-        assert server.metric("medusa_worker_restarts_total", reason="hang") == 1
-        assert server.metric("medusa_errors_total", code="worker_lost") == 5
 
-        # One that hangs while it loads is not waited for either.
-        pid = server.worker_pid
-        server.kill_worker()
-        replica = server.runtime.pool._replicas[0]
-        # Not before its first word: the object is there before its process.
-        wait_until(lambda: replica.worker is not None and replica.worker.stage == "importing libraries")
-        assert server.worker_pid != pid
-        server.kill_worker(signal.SIGSTOP)
-        assert "the worker is starting: " in server.get("/ready").text
-        assert server.metric("medusa_workers", state="starting") == 1
-        assert server.metric("medusa_ready") == 0
-        # Only now: how long an honest start takes depends on the machine.
-        patient = server.runtime.pool.policy
-        server.runtime.pool.policy = replace(patient, load_timeout=1.0)
-        wait_until(lambda: server.metric("medusa_worker_restarts_total", reason="load") == 1)
-        server.runtime.pool.policy = patient
-        assert server.post(timeout=120, max_tokens=3).status_code == 200
-    finally:
-        server.stop()
+def test_a_kill_under_four_streams(four_slots, wait_until):
+    server = four_slots
+    restarts = server.metric("medusa_worker_restarts_total", reason="crash")
+    failed = server.metric("medusa_requests_total", finish_reason="error")
+    first_pid, first_worker, pipes = server.worker_pid, server.worker, num_pipes()
+    streams = Background([lambda: server.stream(max_tokens=8000)] * 4)
+    wait_until(lambda: server.runtime.scheduler.num_running == 4)
+    server.kill_worker()
+    for events in streams.join():
+        assert error_of(events)["code"] == "worker_lost"
+    # The next request waits for the restart.
+    assert server.post(timeout=120, max_tokens=3).status_code == 200
+    assert server.worker_pid != first_pid
+    assert first_worker.exit_code == -signal.SIGKILL
+    assert num_pipes() == pipes, "descriptors add up over restarts"
+    assert server.metric("medusa_worker_restarts_total", reason="crash") == restarts + 1
+    assert server.metric("medusa_requests_total", finish_reason="error") == failed + 4
+
+
+def test_a_hung_worker_is_judged_only_while_work_is_pending(four_slots, wait_until):
+    server = four_slots
+    lost = server.runtime.metrics.registry.get_sample_value
+    labels = {"code": "worker_lost", "model": server.model}
+    before = lost("medusa_errors_total", labels) or 0
+    server.kill_worker(signal.SIGSTOP)
+    time.sleep(3.5)
+    assert server.get("/ready").status_code == 200
+    streams = Background([lambda: server.stream(max_tokens=100)])
+    wait_until(lambda: server.get("/ready").status_code == 503)
+    assert error_of(streams.join()[0])["code"] == "worker_lost"
+    assert server.post(timeout=120, max_tokens=3).status_code == 200
+    assert server.get("/ready").status_code == 200
+    assert server.metric("medusa_worker_restarts_total", reason="hang") == 1
+    assert lost("medusa_errors_total", labels) == before + 1
+
+
+def test_a_worker_that_hangs_while_it_loads_is_not_waited_for(four_slots, wait_until):
+    server = four_slots
+    stop_while_loading(server, wait_until)
+    assert "the worker is starting: " in server.get("/ready").text
+    assert server.metric("medusa_workers", state="starting") == 1
+    assert server.metric("medusa_ready") == 0
+    # Only now: how long an honest start takes depends on the machine.
+    patient = server.runtime.pool.policy
+    server.runtime.pool.policy = replace(patient, load_timeout=1.0)
+    wait_until(lambda: server.metric("medusa_worker_restarts_total", reason="load") == 1)
+    server.runtime.pool.policy = patient
+    assert server.post(timeout=120, max_tokens=3).status_code == 200
 
 
 def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
@@ -100,7 +126,7 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
     scheduler = server.runtime.scheduler
     try:
         # Small buffers, which accepted connections inherit; else the whole answer fits into the kernel's.
-        server.serve.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection = open_request(server, max_tokens=8000, stream=True)
         wait_until(lambda: "left its stream unread" in caplog.text)
         wait_until(lambda: scheduler.num_running == 0)
@@ -126,13 +152,12 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
 
 def test_two_workers_behind_one_queue(start_server, wait_until):
     server = start_server(device="cpu", workers=2)
-    scheduler = server.runtime.scheduler
-    replicas = server.runtime.pool._replicas
+    supervisors = server.runtime.pool.supervisors
     try:
-        wait_until(lambda: all(replica.is_ready for replica in replicas), 120)
+        wait_until(lambda: all(supervisor.is_ready for supervisor in supervisors), 120)
         streams = Background([lambda: server.stream(max_tokens=2500)] * 2)
-        wait_until(lambda: scheduler.num_running == 2)
-        assert [replica.worker.num_free for replica in replicas] == [0, 0]
+        wait_until(lambda: server.runtime.scheduler.num_running == 2)
+        assert [supervisor.worker.num_free for supervisor in supervisors] == [0, 0]
         server.kill_worker()
         lost, whole = sorted(streams.join(), key=lambda events: '"error"' not in events[-2])
         assert error_of(lost)["code"] == "worker_lost"
@@ -142,35 +167,33 @@ def test_two_workers_behind_one_queue(start_server, wait_until):
         server.stop()
 
 
-def test_deadlines_and_the_end_of_restarts(start_server, endless_model_dir, tmp_path, wait_until, caplog):
-    model = tmp_path / "endless"
-    shutil.copytree(endless_model_dir, model)
-    server = start_server(model=str(model), request_timeout=2.5, restart_limit=1)
-    scheduler = server.runtime.scheduler
+def test_deadlines_of_running_and_waiting_requests(start_server, wait_until, caplog):
+    server = start_server(request_timeout=2.5)
     try:
-        # Running: what there is, with finish_reason "length". Waiting: 503, as a status or inside the stream.
-        running = Background([lambda: server.post(max_tokens=8100)])
-        wait_until(lambda: scheduler.num_running == 1)
-        job = next(iter(scheduler._running.values()))
-        late = Background([lambda: server.post(max_tokens=8100), lambda: server.stream(max_tokens=8100)])
-        wait_until(lambda: scheduler.num_waiting == 2)
-        # Both wait for this one, whose own deadline would free the slot a moment before theirs.
-        server.server.servers[0].get_loop().call_soon_threadsafe(job.timer.cancel)
-        answer, events = late.join()
+        # Running: what there is, with finish_reason "length".
+        choice = server.post(max_tokens=8100).json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        assert len(choice["message"]["content"]) > 100
+        assert "cut short" in caplog.text
+        # Waiting: 503, as a status or inside the stream.
+        stop_while_loading(server, wait_until)
+        answer, events = Background([server.post, server.stream]).join()
         assert answer.status_code == 503
         assert answer.json()["error"]["code"] == "queue_timeout"
         assert answer.headers["retry-after"]
         assert error_of(events)["code"] == "queue_timeout"
-        server.server.servers[0].get_loop().call_soon_threadsafe(scheduler._expire, job)
-        choice = running.join()[0].json()["choices"][0]
-        assert choice["finish_reason"] == "length"
-        assert len(choice["message"]["content"]) > 100
-        assert "cut short" in caplog.text
+    finally:
+        server.stop()
 
-        # With the model gone no restart can succeed.
-        shutil.rmtree(model)
+
+def test_the_end_of_restarts(start_server, endless_model_dir, tmp_path, wait_until):
+    model = tmp_path / "endless"
+    shutil.copytree(endless_model_dir, model)
+    server = start_server(model=str(model), restart_limit=1)
+    try:
+        shutil.rmtree(model)  # no restart can succeed
         streams = Background([lambda: server.stream(max_tokens=8000)])
-        wait_until(lambda: scheduler.num_running == 1)
+        wait_until(lambda: server.runtime.scheduler.num_running == 1)
         server.kill_worker()
         assert error_of(streams.join()[0])["code"] == "worker_lost"
         wait_until(lambda: "given up after 1 restarts" in server.get("/ready").text, 120)
@@ -198,7 +221,7 @@ def test_requests_end_though_the_hung_worker_does_not(start_server, wait_until, 
     server = start_server(stall_timeout=1.0)
     try:
         pid = server.worker_pid
-        monkeypatch.setattr(server.runtime.pool._replicas[0].worker, "kill", lambda: None)
+        monkeypatch.setattr(server.worker, "kill", lambda: None)
         streams = Background([lambda: server.stream(max_tokens=8000)])
         wait_until(lambda: server.runtime.scheduler.num_running == 1)
         server.kill_worker(signal.SIGSTOP)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -97,3 +98,21 @@ def test_a_path_cannot_forge_a_line(logged):
 def test_probes_and_texts_are_not_logged(logged):
     assert not records(logged, path="/ready", status=200)
     assert SECRET not in logged
+
+
+def test_what_is_served_is_one_line_with_the_model_described(logged):
+    [line] = records(logged, logger="server.runtime", level="INFO")[:1]
+    assert re.fullmatch(
+        r"ready after [\d.]+ s: endless with 3 heads of .*, float32 on cpu, .*, 1 slot(, about .* expected)?",
+        line["message"],
+    )
+    assert "ModelInfo" not in line["message"]
+    assert line["model_info"]["num_heads"] == 3
+    assert line["model_info"]["device"] == "cpu"
+
+
+def test_the_server_says_that_it_listens_before_it_is_ready(logged):
+    loggers = [line["logger"] for line in records(logged, level="INFO")]
+    assert loggers.index("server.serve") < loggers.index("server.runtime")
+    [line] = records(logged, logger="server.serve")
+    assert line["message"].startswith("listening on http://127.0.0.1:")

@@ -168,6 +168,11 @@ def one_line_refusal(run_medusa, *flags, **environment):
         (["--host", "no.such.host.invalid"], {}, ["cannot listen on no.such.host.invalid"]),
         (["--host", ".."], {}, ["cannot listen on ..: it is no host name"]),
         (["--model", "/no/such/model"], {}, ["/no/such/model"]),
+        (
+            ["--heads", "none", "--speculation-source", "both"],
+            {},
+            ["MEDUSA_SPECULATION_SOURCE (--speculation-source) is both"],
+        ),
         (["--chat-template", "/no/such/template"], {}, ["/no/such/template"]),
     ],
 )

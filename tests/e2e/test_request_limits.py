@@ -20,7 +20,7 @@ def strict(start_server):
 
 
 def connect(server):
-    return socket.create_connection(server.serve.getsockname(), timeout=20)
+    return socket.create_connection(server.listener.getsockname(), timeout=20)
 
 
 def read_all(connection):

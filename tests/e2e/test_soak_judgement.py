@@ -12,7 +12,7 @@ from chaos.clients import CLIENTS, WEIGHTS
 from chaos.faults import HICCUP, KILL, LOADING_KILL, LOADING_STOP, STOP, plan_faults
 from chaos.judge import SoakRun, find_failures
 from chaos.load import judged
-from chaos.memory import MIB, api_slope, thin_out, worker_slopes
+from chaos.memory import MIB, api_slope, worker_slopes
 from chaos.outcomes import Answer, ContractError, Kind, Outcome, StreamError
 from chaos.server_process import Sample
 from chaos.world import Served, World, check_same, new_client
@@ -139,10 +139,10 @@ def sse(*payloads):
 
 
 def test_a_stream_without_done_has_failed():
-    whole = ask_a_fake(sse(*chunks(ROLE, TEXT, STOPPED), "[DONE]"), "stream")
+    whole = ask_a_fake(sse(*chunks(ROLE, TEXT, STOPPED), json.dumps(USAGE), "[DONE]"), "stream")
     assert whole.kind is Kind.COMPLETED
     assert whole.first_token is not None
-    cut = ask_a_fake(sse(*chunks(ROLE, TEXT, STOPPED)), "stream")
+    cut = ask_a_fake(sse(*chunks(ROLE, TEXT, STOPPED), json.dumps(USAGE)), "stream")
     assert cut.kind is Kind.FAILED
     assert "without [DONE]" in cut.detail
 
@@ -190,7 +190,6 @@ def test_slopes_see_through_noise_and_spikes(slope):
     assert worker.value == pytest.approx(slope, abs=0.2)
     assert not worker_slopes(samples_of(slope, worker_life=60), warm_up=30.0, least_seconds=90.0)
     assert api_slope(samples[:10], warm_up=0.0) is None
-    assert len(thin_out(samples, 100)) == 100
 
 
 def sound_run(slope=0.0):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
+from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 from server.observability.logging import LIBRARIES
 from server.observability.metrics import ServerMetrics
@@ -29,9 +30,9 @@ class NotingWorker:
     def num_free(self):
         return self.slots - len(self.running)
 
-    def submit(self, request_id, prompt_ids, params, client_id=""):
+    def submit(self, request):
         assert self.num_free > 0
-        self.running.append(request_id)
+        self.running.append(request.request_id)
 
     def abort(self, request_id):
         if request_id in self.running:
@@ -60,12 +61,18 @@ def finish(scheduler, worker, request_id, *tokens, reason=FinishReason.STOP, sta
     )
 
 
+async def taken(job):
+    """The tokens of a job that were not yet taken, and its end if it has one."""
+    outputs, end = await job.tokens.take()
+    return [token for output in outputs for token in output.token_ids], end
+
+
 async def end_of(job):
-    return (await job.mailbox.take())[1]
+    return (await job.tokens.take())[1]
 
 
 def submit(scheduler, name):
-    return scheduler.submit(name, [1, 2, 3], PARAMS)
+    return scheduler.submit(Request(request_id=name, prompt_ids=[1, 2, 3], params=PARAMS))
 
 
 @pytest.fixture
@@ -85,4 +92,6 @@ def logging_restored():
 @pytest.fixture(scope="session")
 def bench() -> SimpleNamespace:
     """What tests of the scheduler share: a worker that takes notes, and ways to submit, finish and run."""
-    return SimpleNamespace(Worker=NotingWorker, run=run, submit=submit, finish=finish, end_of=end_of)
+    return SimpleNamespace(
+        Worker=NotingWorker, run=run, submit=submit, finish=finish, taken=taken, end_of=end_of
+    )

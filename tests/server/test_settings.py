@@ -3,8 +3,11 @@
 import re
 
 import pytest
+from typer.testing import CliRunner
 
 from medusa_core.errors import ConfigError
+from medusa_core.sampling_params import DraftSourceName
+from server.cli import app
 from server.settings import EMBEDDED_NAME, Settings, load_settings, unknown_variables
 
 
@@ -148,3 +151,15 @@ def test_model_name(tmp_path):
 def test_unknown_variables():
     environment = {"MEDUSA_PROT": "1", "MEDUSA_PORT": "1", "MEDUSA_slots": "1", "HOME": "/"}
     assert unknown_variables(environment) == ["MEDUSA_PROT"]
+
+
+def test_help_names_the_words_that_a_setting_takes():
+    shown = CliRunner().invoke(app, ["serve", "--help"], env={"COLUMNS": "300"}).output
+    for words in ("exact|typical|off", "heads|ngram|both", "text|json"):
+        assert words in shown
+
+
+@pytest.mark.parametrize("source", DraftSourceName)
+def test_the_draft_source_is_a_setting(monkeypatch, source):
+    monkeypatch.setenv("MEDUSA_SPECULATION_SOURCE", source.value)
+    assert load_settings().speculation_source is source

@@ -127,7 +127,7 @@ def _lengths() -> Line:
     past_day = f"instance:medusa_acceptance_length:mean_rate1d{PER_SERVER}"
     spread = heatmap(
         "Acceptance length distribution",
-        "Decode steps by the tokens they decided; at 1 no draft was right, or none made.",
+        "Decode steps by the tokens they brought the client; at 1 no draft was right, or none made.",
         "medusa_acceptance_length",
         "none",
     )

@@ -222,53 +222,51 @@ def test_lengths_are_walked_in_steps() -> None:
     assert (again.steps, again.mean) == (3, round(7 / 3, 4))
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("nodes", [8, 24])
 @pytest.mark.parametrize("heads_kind", ["medusa", "hydra", "hydra++"])
 def test_expected_lengths_are_what_the_engine_gets(
     build_engine: BuildEngine,
     heads_that_know: Callable[[str], DraftHeads],
     answers: list[Answer],
     heads_kind: str,
-    kind: str,
-    nodes: int,
 ) -> None:
     heads = heads_that_know(heads_kind)
     engine = build_engine(heads)
     counter, fitter = RankCounter(4, 64), TauFitter(4)
-    for answer in answers:
-        for observed in observe(engine, answer):
-            counter.add(observed)
-            fitter.add(observed)
-    accuracies, taus = counter.accuracies(), fitter.taus()
+    seen = [observed for answer in answers for observed in observe(engine, answer)]
+    for observed in seen:
+        counter.add(observed)
+        fitter.add(observed)
+    calibration = HeadCalibration(accuracies=counter.accuracies(), temperatures={0.0: fitter.taus()})
     meters = {
-        "static": static_meters(heads, accuracies, [nodes], CPU),
-        "dynamic": dynamic_meters(heads, taus, [nodes], CPU),
+        "static": static_meters(heads, calibration.accuracies, [8, 24], CPU),
+        "dynamic": dynamic_meters(heads, fitter.taus(), [8, 24], CPU),
     }
-    meter = meters[kind][nodes]
-    for answer in answers:
-        for observed in observe(engine, answer):
-            meter.add(observed)
-    calibrated = build_engine(
-        heads,
-        tree_nodes=nodes,
-        calibration=HeadCalibration(accuracies=accuracies, temperatures={0.0: taus}),
-    )
+    for kind in meters:
+        for nodes, meter in meters[kind].items():
+            for observed in seen:
+                meter.add(observed)
+            calibrated = build_engine(heads, tree_nodes=nodes, calibration=calibration)
+            tokens, steps = measured_lengths(calibrated, answers, kind)
+            assert meter.steps == steps
+            assert meter.mean == pytest.approx(tokens / steps, abs=1e-4)
+            assert meter.mean > 1.4
+
+
+def measured_lengths(engine: Engine, answers: list[Answer], kind: str) -> tuple[int, int]:
+    """Tokens and steps of whole steps within the 40 tokens that were calibrated on."""
     tokens = steps = 0
     for answer in answers:
-        # Beyond the calibrated 40 tokens, so that no step in question is cut.
+        # Beyond them, so that no step in question is cut.
         params = SamplingParams(
             temperature=0.0, max_tokens=48, ignore_eos=True, speculation=speculate(tree=kind)
         )
         decided = 1
-        for run in decode(calibrated, answer.prompt_ids, params).runs[1:]:
+        for run in decode(engine, answer.prompt_ids, params).runs[1:]:
             if decided + 4 <= 40:
                 tokens += len(run)
                 steps += 1
             decided += len(run)
-    assert meter.steps == steps
-    assert meter.mean == pytest.approx(tokens / steps, abs=1e-4)
-    assert meter.mean > 1.4
+    return tokens, steps
 
 
 def test_answers_are_the_models_own(engine: Engine) -> None:

@@ -1,27 +1,13 @@
 """The seed dialogues of examples/own_model. `make example` runs the whole of it."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
-import pytest
+import seed_prompts
 
 from medusa_core.distillation.seeds import load_seeds
 
-SCRIPT = Path(__file__).parents[3] / "examples" / "own_model" / "seed_prompts.py"
 
-
-@pytest.fixture(scope="module")
-def seed_prompts() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("seed_prompts", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_seeds_are_dialogues_to_ask(seed_prompts: ModuleType, tmp_path: Path) -> None:
+def test_seeds_are_dialogues_to_ask(tmp_path: Path) -> None:
     seed_prompts.write_seeds(tmp_path / "a.jsonl", 200, 0)
     seed_prompts.write_seeds(tmp_path / "b.jsonl", 200, 0)
     seed_prompts.write_seeds(tmp_path / "other.jsonl", 200, 1)

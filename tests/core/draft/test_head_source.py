@@ -6,12 +6,9 @@ import pytest
 import torch
 
 from medusa_core.draft.accuracy import HeadCalibration, default_calibration
-from medusa_core.draft.dynamic import DynamicDrafter
-from medusa_core.draft.head_drafter import ParallelDrafter
 from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.head_trees import HeadTrees
 from medusa_core.draft.medusa import MedusaHeads
-from medusa_core.draft.static import StaticDrafter
 from medusa_core.draft.tree import make_tree, published_tree_names
 from medusa_core.draft.tree_size import scratch_rows
 from medusa_core.errors import TreeError
@@ -28,16 +25,16 @@ CALIBRATION = HeadCalibration(
 def test_trees_by_name(random_heads: MedusaHeads) -> None:
     trees = HeadTrees(random_heads, CALIBRATION, CPU)
     assert trees.names == ("dynamic", "static", *published_tree_names())
-    for tree, nodes, kind, size in (
-        ("dynamic", 12, DynamicDrafter, 12),
-        ("static", 12, StaticDrafter, 12),
-        ("mc_sim_7b_63", 12, StaticDrafter, 64),
-    ):
+    scores = torch.randn(1, 64, generator=torch.Generator().manual_seed(1))
+    for tree, nodes, size in (("dynamic", 12, 12), ("static", 12, 12), ("mc_sim_7b_63", 12, 64)):
         trees.check(tree)
         drafter = trees.drafter(tree, nodes)
-        assert isinstance(drafter, ParallelDrafter)
-        assert isinstance(drafter.filler, kind)
-        assert drafter.size == size
+        drafted = [
+            drafter.draft(hidden, torch.tensor([9]), (1.0,) * 4, 0.0, None) for hidden in (scores, -scores)
+        ]
+        assert [draft.size for draft in drafted] == [drafter.size] * 2 == [size] * 2
+        same_shape = torch.equal(drafted[0].parents_BT, drafted[1].parents_BT)
+        assert same_shape == (tree != "dynamic")
         assert trees.is_adaptive(tree) == (size == 12)
         assert trees.drafter(tree, nodes) is drafter  # built once
 
@@ -67,7 +64,7 @@ def test_heads_with_few_output_rows() -> None:
     trees = HeadTrees(heads, calibration, CPU)
     assert trees.names == ("dynamic", "static")
     for tree in trees.names:
-        drafted = trees.drafter(tree, 24).draft(torch.zeros(1, 64), torch.tensor([9]), (1.0,) * 4)
+        drafted = trees.drafter(tree, 24).draft(torch.zeros(1, 64), torch.tensor([9]), (1.0,) * 4, 0.0, None)
         assert int(drafted.tokens_BT[0, 1:].max()) < 3
 
 

@@ -250,7 +250,7 @@ def test_heads_catch_up_after_steps_without_speculation(
     committed = torch.tensor([sequence.token_ids[:-1]])
     hidden = tiny_backbone.model.base_model(committed).last_hidden_state
     root, taus = torch.tensor([sequence.root]), (1.0,) * 4
-    expected = make_drafter(heads, 12, CPU).draft(heads.contextualise(hidden)[:, -1], root, taus)
+    expected = make_drafter(heads, 12, CPU).draft(heads.contextualise(hidden)[:, -1], root, taus, 0.0, None)
     assert torch.equal(drafted.tokens_BT, expected.tokens_BT)
 
 

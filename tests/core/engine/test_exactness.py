@@ -1,7 +1,9 @@
-"""Speculation never changes an answer: float32, token for token (design §4, "lossless by construction")."""
+"""Speculation never changes an answer: float32, token for token ("lossless by construction")."""
 
+import functools
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from medusa_core.draft.tree import Tree, make_tree
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
-from tests.core.conftest import BuildEngine, add, decode, heads_of_kind, randomise, speculate
+from tests.core.conftest import BuildEngine, Decoded, add, decode, heads_of_kind, randomise, speculate
 
+Plain = Callable[[list[int], SamplingParams], Decoded]
 TREES = ("dynamic", "static", "mc_sim_7b_63")
 SAMPLING = (
     {"temperature": 0.8, "top_p": 0.95},
@@ -50,27 +53,54 @@ def heads(
     return heads_that_know(kind) if state == "trained" else randomise(heads_of_kind(kind, tiny_backbone))
 
 
-def test_greedy_equals_baseline_and_transformers(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
-) -> None:
-    engine = build_engine(trained_heads)
-    longest = 0
-    for number, prompt in enumerate(tiny_prompts[:200]):
-        params = {"temperature": 0.0, "max_tokens": 24}
-        baseline = decode(engine, prompt, SamplingParams(**params, speculation=speculate("off")))
-        tree = TREES[number % len(TREES)]
-        medusa = decode(engine, prompt, SamplingParams(**params, speculation=speculate(tree=tree)))
-        reference = engine.backbone.model.generate(
-            torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt)),
+PLAIN = speculate("off")
+
+
+def in_parts(few: int, all_of_them: int) -> list[object]:
+    """The first few prompts for every run of the tests, the rest for whole ones."""
+    return [slice(0, few), pytest.param(slice(few, all_of_them), marks=pytest.mark.slow)]
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_backbone: Backbone) -> Callable[[tuple[int, ...]], list[int]]:
+    """What transformers itself generates greedily."""
+
+    @functools.cache
+    def generate(prompt: tuple[int, ...]) -> list[int]:
+        ids = torch.tensor([prompt])
+        tokens: list[int] = tiny_backbone.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
             do_sample=False,
             max_new_tokens=24,
             temperature=None,
             top_p=None,
         )[0, len(prompt) :].tolist()
-        if reference[-1] in engine.chat_tokenizer.eos_token_ids:
-            reference.pop()
-        assert medusa.token_ids == baseline.token_ids == reference
+        return tokens
+
+    return generate
+
+
+@pytest.mark.parametrize("part", in_parts(60, 200), ids=str)
+def test_greedy_equals_baseline_and_transformers(
+    build_engine: BuildEngine,
+    tiny_prompts: list[list[int]],
+    trained_heads: DraftHeads,
+    plain: Plain,
+    reference: Callable[[tuple[int, ...]], list[int]],
+    part: slice,
+) -> None:
+    engine = build_engine(trained_heads)
+    longest = 0
+    for number, prompt in enumerate(tiny_prompts[part]):
+        params = SamplingParams(temperature=0.0, max_tokens=24, speculation=PLAIN)
+        baseline = plain(prompt, params)
+        tree = speculate(tree=TREES[number % len(TREES)])
+        medusa = decode(engine, prompt, replace(params, speculation=tree))
+        expected = list(reference(tuple(prompt)))
+        if expected[-1] in engine.chat_tokenizer.eos_token_ids:
+            expected.pop()
+        assert medusa.token_ids == baseline.token_ids == expected
         assert (medusa.finish_reason, medusa.stop_token_id) == (
             baseline.finish_reason,
             baseline.stop_token_id,
@@ -79,21 +109,38 @@ def test_greedy_equals_baseline_and_transformers(
     assert longest == 5  # the heads do get whole paths accepted: the test exercises commits
 
 
+def test_heads_that_are_turned_off_change_nothing(
+    build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads, plain: Plain
+) -> None:
+    engine = build_engine(trained_heads)
+    for seed, prompt in enumerate(tiny_prompts[:20]):
+        params = SamplingParams(temperature=0.5 * (seed % 3), seed=seed, max_tokens=24, speculation=PLAIN)
+        assert decode(engine, prompt, params) == plain(prompt, params)
+
+
+@pytest.mark.parametrize("part", in_parts(6, 20), ids=str)
 @pytest.mark.parametrize("sampling", SAMPLING, ids=str)
 @pytest.mark.parametrize("tree", TREES)
 def test_sampled_equals_baseline_of_the_same_seed(
-    build_engine: BuildEngine, tiny_prompts: list[list[int]], heads: DraftHeads, tree: str, sampling: dict
+    build_engine: BuildEngine,
+    tiny_prompts: list[list[int]],
+    heads: DraftHeads,
+    plain: Plain,
+    tree: str,
+    sampling: dict,
+    part: slice,
 ) -> None:
     engine = build_engine(heads)
     texts = set()
-    for seed, prompt in enumerate(tiny_prompts[:20]):
-        params = {"max_tokens": 24, "seed": seed * 2**50, **sampling}
-        baseline = decode(engine, prompt, SamplingParams(**params, speculation=speculate("off")))
-        medusa = decode(engine, prompt, SamplingParams(**params, speculation=speculate(tree=tree)))
+    for seed in range(20)[part]:
+        prompt = tiny_prompts[seed]
+        params = SamplingParams(max_tokens=24, seed=seed * 2**50, speculation=PLAIN, **sampling)
+        baseline = plain(prompt, params)
+        medusa = decode(engine, prompt, replace(params, speculation=speculate(tree=tree)))
         assert medusa.token_ids == baseline.token_ids
         assert medusa.finish_reason == baseline.finish_reason
         texts.add(tuple(medusa.token_ids))
-    assert len(texts) == 20
+    assert len(texts) == len(range(20)[part])
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -101,6 +148,7 @@ def test_random_trees(
     build_engine: BuildEngine,
     tiny_prompts: list[list[int]],
     heads: DraftHeads,
+    plain: Plain,
     seed: int,
     tmp_path: Path,
 ) -> None:
@@ -110,10 +158,9 @@ def test_random_trees(
     engine = build_engine(heads, static_tree=str(file))
     for number, prompt in enumerate(tiny_prompts[100:108]):
         for sampling in ({"temperature": 0.0}, {"temperature": 0.9, "seed": number}):
-            params = {"max_tokens": 20, **sampling}
-            baseline = decode(engine, prompt, SamplingParams(**params, speculation=speculate("off")))
-            medusa = decode(engine, prompt, SamplingParams(**params, speculation=speculate(tree="static")))
-            assert medusa.token_ids == baseline.token_ids
+            params = SamplingParams(max_tokens=20, speculation=PLAIN, **sampling)
+            medusa = decode(engine, prompt, replace(params, speculation=speculate(tree="static")))
+            assert medusa.token_ids == plain(prompt, params).token_ids
 
 
 def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads: DraftHeads) -> None:

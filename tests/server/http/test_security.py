@@ -11,7 +11,8 @@ import httpx
 import pytest
 
 from medusa_core.errors import MedusaError
-from medusa_core.sampling_params import SamplingParams, SpeculationMode
+from medusa_core.model_info import ModelInfo
+from medusa_core.sampling_params import DraftSourceName, SpeculationMode
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from server import errors
 from server.app import create_app
@@ -19,7 +20,6 @@ from server.errors import ApiError
 from server.pipeline.prompts import PromptBuilder
 from server.schemas.chat import ChatRequest
 from server.settings import Settings
-from server.workers.messages import ModelInfo
 
 ROOT = Path(__file__).parents[3]
 SOURCES = [path for package in ("medusa_core", "server") for path in sorted((ROOT / package).rglob("*.py"))]
@@ -273,13 +273,14 @@ def make_builder(model_dir, executor, template, tmp_path, timeout=30.0):
         device="cpu",
         tree_nodes=1,
         trees=(),
+        sources=(),
         slots=1,
     )
     return PromptBuilder(
         chat=load_chat_tokenizer(model_dir, str(path)),
         info=info,
-        defaults=SamplingParams(),
         default_mode=SpeculationMode.EXACT,
+        default_source=DraftSourceName.HEADS,
         executor=executor,
         timeout=timeout,
     )
@@ -293,23 +294,26 @@ def test_templates_stay_in_their_sandbox(tiny_model_dir, tmp_path, template):
     with ThreadPoolExecutor(1) as executor:
         builder = make_builder(tiny_model_dir, executor, template, tmp_path)
         with pytest.raises(ApiError) as caught:
-            asyncio.run(builder.prepare(BODY))
+            asyncio.run(builder.prepare(BODY, "chatcmpl-1"))
     assert (caught.value.status, caught.value.detail.param) == (400, "messages")
     assert not LEAKS.search(caught.value.detail.message.replace("/etc/passwd", ""))
 
 
 def test_filters_do_not_leave_the_sandbox_either(tiny_model_dir, tmp_path):
     with ThreadPoolExecutor(1) as executor:
-        builder = make_builder(tiny_model_dir, executor, "a{{ ''|attr('__class__') }}", tmp_path)
-        ids = asyncio.run(builder.prepare(BODY)).prompt_ids
-    assert builder.chat.decode(ids) == "a"
+        builder = make_builder(
+            tiny_model_dir, executor, "{{ messages[0].content }}{{ ''|attr('__class__') }}", tmp_path
+        )
+        ids = asyncio.run(builder.prepare(BODY, "chatcmpl-1")).prompt_ids
+    assert builder.chat.decode(ids) == "hi"
 
 
 def test_a_template_that_loops_holds_up_nobody_for_ever(tiny_model_dir, tmp_path):
     """Its thread cannot be stopped, but its request ends, and the event loop goes on meanwhile."""
     loop = "{% for a in range(2000) %}{% for b in range(1500) %}{% endfor %}{% endfor %}"
+    loop = "{{ messages[0].content }}{% if messages[0].content == 'hi' %}" + loop + "{% endif %}"
     with ThreadPoolExecutor(1) as executor:
         builder = make_builder(tiny_model_dir, executor, loop, tmp_path, timeout=0.01)
         with pytest.raises(ApiError) as caught:
-            asyncio.run(builder.prepare(BODY))
+            asyncio.run(builder.prepare(BODY, "chatcmpl-1"))
     assert (caught.value.status, caught.value.detail.code) == (503, "prompt_timeout")

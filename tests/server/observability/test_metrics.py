@@ -4,7 +4,7 @@ from prometheus_client import generate_latest
 
 from medusa_core.engine.outputs import StepStats
 from medusa_core.sampling_params import SpeculationMode
-from server.observability.metrics import WORKER_STATES, ServerMetrics, acceptance_length
+from server.observability.metrics import WORKER_STATES, ServerMetrics
 
 DECODE = StepStats(
     mode=SpeculationMode.EXACT,
@@ -30,7 +30,6 @@ def test_decode_step():
     assert sample(metrics, "generation_tokens_total", mode="exact") == 3
     assert [sample(metrics, "drafted_tokens_total", head=str(head)) for head in range(3)] == [4, 3, 1]
     assert [sample(metrics, "accepted_tokens_total", head=str(head)) for head in range(3)] == [1, 1, 0]
-    assert sample(metrics, "acceptance_length_sum") == 3
     assert sample(metrics, "step_phase_seconds_sum", phase="verify") == 0.002
     assert sample(metrics, "inter_token_latency_seconds_count") == 3, "one observation a token, not a step"
     assert abs(sample(metrics, "inter_token_latency_seconds_sum") - 0.004) < 1e-12
@@ -60,11 +59,10 @@ def test_prefill_is_no_decode_step():
     assert sample(metrics, "inter_token_latency_seconds_count") == 0
 
 
-def test_acceptance_length_counts_tokens_behind_a_stop():
-    assert acceptance_length(DECODE) == 3
+def test_a_step_that_decided_the_end_alone_has_no_token_to_time():
     metrics = ServerMetrics()
     metrics.observe_step(DECODE, 0)
-    assert sample(metrics, "acceptance_length_sum") == 3
+    assert sample(metrics, "decode_steps_total", mode="exact") == 1
     assert sample(metrics, "inter_token_latency_seconds_count") == 0
 
 

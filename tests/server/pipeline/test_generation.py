@@ -6,13 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medusa_core.engine.outputs import FinishReason, StepOutput
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.engine.outputs import FinishReason, StepOutput, StepStats
+from medusa_core.request import Request
+from medusa_core.sampling_params import SamplingParams, SpeculationMode
+from medusa_core.text.assembler import TextAssembler
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from server.errors import ApiError
 from server.observability.metrics import ServerMetrics
 from server.pipeline.generation import Generation, TextDelta
 from server.pipeline.streaming import DONE, ChatStream, ChunkEncoder, chat_events
+from server.schemas.completion import SpeculationUsage
 from server.workers.scheduler import JobState, Scheduler
 
 TEXT = "The table is booked — enjoy your meal! 🍝 Anything else?"
@@ -21,7 +24,7 @@ TEXT = "The table is booked — enjoy your meal! 🍝 Anything else?"
 class OneSlot:
     num_free = 1
 
-    def submit(self, request_id, prompt_ids, params, client_id=""):
+    def submit(self, request):
         pass
 
     def abort(self, request_id):
@@ -36,15 +39,19 @@ def chat(tiny_model_dir):
 class Answer:
     """A job whose tokens the test feeds."""
 
-    def __init__(self, chat, stops=()):
-        self.scheduler = Scheduler(queue_limit=1, request_timeout=60, metrics=ServerMetrics())
+    def __init__(self, chat, stops=(), assembler=None):
+        self.metrics = ServerMetrics()
+        self.scheduler = Scheduler(queue_limit=1, request_timeout=60, metrics=self.metrics)
         self.worker = OneSlot()
         self.scheduler.worker_ready(self.worker)
-        self.job = self.scheduler.submit("a", [1, 2, 3], SamplingParams())
-        self.generation = Generation(self.job, self.scheduler, chat, stops)
+        self.job = self.scheduler.submit(
+            Request(request_id="a", prompt_ids=[1, 2, 3], params=SamplingParams())
+        )
+        assembler = assembler or TextAssembler(chat.tokenizer, stops)
+        self.generation = Generation(self.job, self.scheduler, assembler, self.metrics)
 
-    def feed(self, *token_ids, reason=None):
-        output = StepOutput(request_id="a", token_ids=tuple(token_ids), finish_reason=reason)
+    def feed(self, *token_ids, reason=None, stats=None):
+        output = StepOutput(request_id="a", token_ids=tuple(token_ids), finish_reason=reason, stats=stats)
         self.scheduler.worker_output(self.worker, output)
 
 
@@ -143,11 +150,15 @@ def test_leaving_early_ends_the_job(chat):
     run(go())
 
 
-def test_a_bug_while_streaming_is_an_event_too(chat, caplog, monkeypatch):
+class BrokenAssembler(TextAssembler):
+    def push(self, token_ids, *, is_prefill=False):
+        raise ZeroDivisionError
+
+
+def test_a_bug_while_streaming_is_an_event_too(chat, caplog):
     async def go():
-        answer = Answer(chat)
+        answer = Answer(chat, assembler=BrokenAssembler(chat.tokenizer))
         told = []
-        monkeypatch.setattr(answer.generation, "_push", lambda ids: 1 / 0)
         answer.feed(1)
         frames = [frame async for frame in events_of(answer, told.append)]
         assert b'"error"' in frames[-1]
@@ -156,6 +167,53 @@ def test_a_bug_while_streaming_is_an_event_too(chat, caplog, monkeypatch):
         assert frames[-1].endswith(DONE)
         assert "ZeroDivisionError" in caplog.text
         assert answer.job.state is JobState.ENDED
+
+    run(go())
+
+
+DECODE = StepStats(mode=SpeculationMode.EXACT, is_prefill=False, seconds=0.1, drafted=(1,), accepted=(1,))
+PREFILL = StepStats(mode=SpeculationMode.EXACT, is_prefill=True, seconds=0.1, prompt_tokens=3)
+
+
+def lengths(answer):
+    sample = answer.metrics.registry.get_sample_value
+    return sample("medusa_acceptance_length_count"), sample("medusa_acceptance_length_sum")
+
+
+def test_acceptance_length_leaves_out_the_end_of_sequence(chat):
+    """Two decode steps gave three tokens; a third decided the end alone, which the client never sees."""
+
+    async def go():
+        answer = Answer(chat)
+        first, second, third, fourth = chat.encode("your meal")[:4]
+        answer.feed(first, stats=PREFILL)
+        answer.feed(second, third, stats=DECODE)
+        answer.feed(fourth, stats=DECODE)
+        answer.feed(stats=DECODE, reason=FinishReason.STOP)
+        await answer.generation.collect()
+        usage = answer.generation.usage()
+        assert usage.completion_tokens == 4
+        assert usage.speculation == SpeculationUsage(steps=2, acceptance_length=1.5)
+        assert lengths(answer) == (2, 3)
+
+    run(go())
+
+
+def test_acceptance_length_leaves_out_what_is_behind_a_stop_string(chat):
+    """Neither the rest of the step with the stop string counts, nor steps that arrived after it."""
+
+    async def go():
+        ids = chat.encode("a stop and more of it")
+        answer = Answer(chat, ["stop"])
+        stop_at = next(n for n in range(1, len(ids)) if "stop" in chat.tokenizer.decode(ids[:n]))
+        answer.feed(ids[0], stats=PREFILL)
+        answer.feed(*ids[1 : stop_at + 2], stats=DECODE)
+        answer.feed(*ids[stop_at + 2 :], stats=DECODE)
+        assert await answer.generation.collect() == TextDelta("a ", FinishReason.STOP)
+        usage = answer.generation.usage()
+        assert usage.completion_tokens == stop_at
+        assert usage.speculation == SpeculationUsage(steps=1, acceptance_length=stop_at - 1)
+        assert lengths(answer) == (1, stop_at - 1)
 
     run(go())
 

@@ -49,8 +49,29 @@ def test_neutral_values_are_compared_with_their_type(name, value):
 def test_parameters_of_models_that_think_or_search():
     assert refuse(web_search_options={}).detail.code == "unsupported_parameter"
     assert refuse(reasoning_effort="high").detail.message == (
-        "Invalid value for 'reasoning_effort': only 'none' is supported here."
+        """Invalid value for 'reasoning_effort': only "none" is supported."""
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tools": [{}]}, "tools are not supported"),
+        ({"store": True}, "only false is supported"),
+        ({"n": 3}, "only 1 is supported"),
+        ({"response_format": {"type": "x"}}, 'only {"type": "text"} is supported'),
+        ({"speculation": {"mode": "turbo"}}, 'Input should be "exact", "typical" or "off"'),
+        ({"speculation": {"source": 7}}, 'Input should be "heads", "ngram" or "both"'),
+        ({"messages": [{"role": "robot", "content": ""}]}, '"system", "developer", "user" or "assistant"'),
+        ({"messages": [7]}, "Input should be an object"),
+        ({"messages": 7}, "Input should be an array"),
+        ({"metadata": 7}, "Input should be an object"),
+    ],
+)
+def test_messages_speak_json(changes, said):
+    message = refuse(**changes).detail.message
+    assert said in message
+    assert not any(word in message for word in ("True", "False", "None", "dict", "list", "tuple"))
 
 
 def test_names_are_cut_and_printable():

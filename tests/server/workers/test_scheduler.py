@@ -20,7 +20,7 @@ def test_first_come_first_served(bench):
         assert [job.state for job in jobs] == [JobState.RUNNING, JobState.WAITING, JobState.WAITING]
         bench.finish(scheduler, worker, "a", 5)
         assert worker.running == ["b"]
-        assert await jobs[0].mailbox.take() == ([5], Finished(FinishReason.STOP))
+        assert await bench.taken(jobs[0]) == ([5], Finished(FinishReason.STOP))
         bench.finish(scheduler, worker, "b")
         assert worker.running == ["c"]
 
@@ -67,7 +67,7 @@ def test_requests_wait_for_a_worker_and_spread_over_several(bench):
     bench.run(scenario)
 
 
-def test_cancelling_frees_queue_and_slot(bench):
+def test_canceling_frees_queue_and_slot(bench):
     async def scenario(scheduler):
         worker = bench.Worker()
         scheduler.worker_ready(worker)
@@ -151,7 +151,7 @@ def test_deadline_of_waiting_and_running(bench, caplog):
         running.timer.cancel()  # else its end would hand the slot to the other just in time
         end = await bench.end_of(waiting)
         assert (end.error.status, end.error.detail.code) == (503, "queue_timeout")
-        scheduler._expire(running)
+        scheduler.expire(running)
         assert await bench.end_of(running) == Finished(FinishReason.LENGTH)
         assert worker.aborted == ["a"]
         assert [record.completion_id for record in caplog.records] == ["b", "a"]
@@ -173,7 +173,7 @@ def test_idle_is_waited_for(bench):
     bench.run(scenario)
 
 
-def test_steps_are_counted_for_usage_and_metrics(bench):
+def test_steps_are_counted_for_metrics_and_handed_on_whole(bench):
     async def scenario(scheduler):
         worker = bench.Worker()
         scheduler.worker_ready(worker)
@@ -184,16 +184,20 @@ def test_steps_are_counted_for_usage_and_metrics(bench):
         )
         scheduler.worker_output(worker, StepOutput(request_id="a", token_ids=(1,), stats=prefill))
         scheduler.worker_output(worker, StepOutput(request_id="a", token_ids=(2, 3, 4), stats=decode))
-        # The end of sequence was the third of the run: two tokens, but the step decided three.
         bench.finish(scheduler, worker, "a", 5, 6, stats=decode)
-        assert (job.timeline.decode_steps, job.timeline.decode_tokens) == (2, 6)
-        assert await job.mailbox.take() == ([1, 2, 3, 4, 5, 6], Finished(FinishReason.STOP))
+        sample = scheduler.metrics.registry.get_sample_value
+        assert sample("medusa_decode_steps_total", {"mode": "exact"}) == 2
+        assert sample("medusa_generation_tokens_total", {"mode": "exact"}) == 6
+        outputs, end = await job.tokens.take()
+        assert [output.stats for output in outputs] == [prefill, decode, decode]
+        assert [output.token_ids for output in outputs] == [(1,), (2, 3, 4), (5, 6)]
+        assert end == Finished(FinishReason.STOP)
 
     bench.run(scenario)
 
 
 def test_a_prompt_in_preparation_holds_a_place(bench):
-    """Long prompts take a while to tokenise: they must not pile up in front of the queue, uncounted."""
+    """Long prompts take a while to tokenize: they must not pile up in front of the queue, uncounted."""
 
     async def scenario(scheduler):
         scheduler.worker_ready(bench.Worker())
@@ -222,6 +226,6 @@ def test_out_of_memory_is_told_apart_and_counted(bench):
         end = await bench.end_of(job)
         assert (end.error.status, end.error.detail.code) == (503, "out_of_memory")
         assert end.error.headers["retry-after"]
-        assert scheduler._metrics.registry.get_sample_value("medusa_out_of_memory_total") == 1
+        assert scheduler.metrics.registry.get_sample_value("medusa_out_of_memory_total") == 1
 
     bench.run(scenario)

@@ -47,7 +47,7 @@ class Story:
         # The timer of an ended job is cancelled, so it cannot expire.
         alive = [job for job in self.jobs if job.state is not JobState.ENDED]
         if alive:
-            self.scheduler._expire(alive[number % len(alive)])
+            self.scheduler.expire(alive[number % len(alive)])
 
     def _with_job(self, number, act):
         if self.jobs:
@@ -60,14 +60,14 @@ ACTIONS = ["submit", "finish", "cancel", "stop", "kill", "ready", "expire", "fai
 @settings(max_examples=80, deadline=None)
 @given(slots=st.integers(1, 3), actions=st.lists(st.tuples(st.sampled_from(ACTIONS), st.integers(0, 7))))
 def test_every_accepted_request_ends_exactly_once(bench, slots, actions):
-    """Whatever happens in whatever order: slots are never overrun, and each mailbox gets one end."""
+    """Whatever happens in whatever order: slots are never overrun, and each queue of tokens gets one end."""
 
     async def scenario(scheduler):
         story = Story(bench, scheduler, slots)
         for action, number in actions:
             getattr(story, action)(number)
         on_workers = [name for worker in story.workers for name in worker.running]
-        running = [job.request_id for job in story.jobs if job.state is JobState.RUNNING]
+        running = [job.request.request_id for job in story.jobs if job.state is JobState.RUNNING]
         assert sorted(on_workers) == sorted(running)
         story.fail_all(0)
         await scheduler.wait_idle()
@@ -75,7 +75,7 @@ def test_every_accepted_request_ends_exactly_once(bench, slots, actions):
             assert job.state is JobState.ENDED
             assert await bench.end_of(job) is not None
             assert job.timer.cancelled()
-        sample = scheduler._metrics.registry.get_sample_value
+        sample = scheduler.metrics.registry.get_sample_value
         reasons = ("stop", "length", "abort", "error")
         ends = [sample("medusa_requests_total", {"finish_reason": reason}) for reason in reasons]
         assert sum(ends) == len(story.jobs)

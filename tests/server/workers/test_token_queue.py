@@ -1,10 +1,10 @@
-"""The mailbox: batches for a reader that lags, one end, no lost wake-up."""
+"""The token queue: batches for a reader that lags, one end, no lost wake-up."""
 
 import asyncio
 
-from medusa_core.engine.outputs import FinishReason
+from medusa_core.engine.outputs import FinishReason, StepOutput
 from server import errors
-from server.workers.token_queue import Failed, Finished, Mailbox
+from server.workers.token_queue import Failed, Finished, TokenQueue
 
 
 def run(coroutine):
@@ -15,72 +15,81 @@ def run(coroutine):
     return asyncio.run(limited())
 
 
+def step(*token_ids):
+    return StepOutput(request_id="a", token_ids=token_ids)
+
+
+async def take(queue):
+    outputs, end = await queue.take()
+    return [token for output in outputs for token in output.token_ids], end
+
+
 def test_what_gathered_comes_in_one_batch():
     async def go():
-        mailbox = Mailbox()
-        mailbox.put((1, 2))
-        mailbox.put(())
-        mailbox.put((3,))
-        assert await mailbox.take() == ([1, 2, 3], None)
-        mailbox.put((4,))
-        mailbox.close(Finished(FinishReason.STOP))
-        assert await mailbox.take() == ([4], Finished(FinishReason.STOP))
-        assert await mailbox.take() == ([], Finished(FinishReason.STOP))
+        queue = TokenQueue()
+        queue.put(step(1, 2))
+        queue.put(step())
+        queue.put(step(3))
+        assert await take(queue) == ([1, 2, 3], None)
+        queue.put(step(4))
+        queue.close(Finished(FinishReason.STOP))
+        assert await take(queue) == ([4], Finished(FinishReason.STOP))
+        assert await take(queue) == ([], Finished(FinishReason.STOP))
 
     run(go())
 
 
 def test_a_waiting_reader_is_woken():
     async def go():
-        mailbox = Mailbox()
-        reader = asyncio.create_task(mailbox.take())
+        queue = TokenQueue()
+        reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0)
-        mailbox.put((7,))
-        mailbox.put((8,))
+        queue.put(step(7))
+        queue.put(step(8))
         assert await reader == ([7, 8], None)
-        reader = asyncio.create_task(mailbox.take())
+        reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0)
-        mailbox.close(Finished(FinishReason.LENGTH))
+        queue.close(Finished(FinishReason.LENGTH))
         assert await reader == ([], Finished(FinishReason.LENGTH))
 
     run(go())
 
 
 def test_there_is_one_end():
-    mailbox = Mailbox()
-    assert mailbox.close(Failed(errors.worker_lost()))
-    assert not mailbox.close(Finished(FinishReason.STOP))
-    mailbox.put((1,))
-    tokens, end = run(mailbox.take())
+    queue = TokenQueue()
+    assert queue.close(Failed(errors.worker_lost()))
+    assert not queue.close(Finished(FinishReason.STOP))
+    queue.put(step(1))
+    tokens, end = run(take(queue))
     assert tokens == []
     assert isinstance(end, Failed)
 
 
-def test_a_cancelled_reader_leaves_the_mailbox_usable():
+def test_a_cancelled_reader_leaves_the_queue_usable():
     async def go():
-        mailbox = Mailbox()
-        reader = asyncio.create_task(mailbox.take())
+        queue = TokenQueue()
+        reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0)
         reader.cancel()
         await asyncio.gather(reader, return_exceptions=True)
-        mailbox.put((1,))
-        assert await mailbox.take() == ([1], None)
+        queue.put(step(1))
+        assert await take(queue) == ([1], None)
 
     run(go())
 
 
 def test_batches_keep_their_distance_and_the_end_does_not_wait():
     async def go():
-        mailbox = Mailbox(interval=1000.0)
-        mailbox.put((1,))
-        assert await mailbox.take() == ([1], None), "the first batch comes at once"
-        mailbox.put((2,))
-        reader = asyncio.create_task(mailbox.take())
+        queue = TokenQueue(interval=1000.0)
+        queue.put(step(1))
+        assert await take(queue) == ([1], None), "the first batch comes at once"
+        queue.put(step(2))
+        reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0.02)
-        mailbox.put((3,))
+        queue.put(step(3))
         await asyncio.sleep(0.02)
         assert not reader.done()
-        mailbox.close(Finished(FinishReason.STOP))
+        queue.close(Finished(FinishReason.STOP))
         assert await reader == ([2, 3], Finished(FinishReason.STOP))
 
     run(go())
@@ -88,13 +97,13 @@ def test_batches_keep_their_distance_and_the_end_does_not_wait():
 
 def test_a_batch_comes_after_the_interval():
     async def go():
-        mailbox = Mailbox(interval=0.02)
-        mailbox.put((1,))
-        await mailbox.take()
-        reader = asyncio.create_task(mailbox.take())
+        queue = TokenQueue(interval=0.02)
+        queue.put(step(1))
+        await take(queue)
+        reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0)
-        mailbox.put((2,))
-        mailbox.put((3,))
+        queue.put(step(2))
+        queue.put(step(3))
         assert await reader == ([2, 3], None)
 
     run(go())

@@ -1,13 +1,17 @@
 """The worker's loop over real pipes, with an engine that follows a script instead of a model."""
 
 import multiprocessing
+import select
 import threading
+from dataclasses import replace
 
 import pytest
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.errors import RequestError, TreeError
-from medusa_core.sampling_params import SamplingParams
+from medusa_core.request import Request
+from medusa_core.sampling_params import SamplingParams, SpeculationParams
+from server.workers.frames import FrameReader, FrameWriter
 from server.workers.messages import (
     Abort,
     Rejected,
@@ -17,9 +21,14 @@ from server.workers.messages import (
     decode_event,
     encode_command,
 )
-from server.workers.worker import Outbox, WorkerLoop
+from server.workers.worker import WorkerLoop
 
 PARAMS = SamplingParams(max_tokens=3)
+
+
+def submit(generation, request_id, prompt_ids, params, client_id=""):
+    request = Request(request_id=request_id, prompt_ids=prompt_ids, params=params, client_id=client_id)
+    return Submit(generation, request)
 
 
 class ScriptedEngine:
@@ -34,12 +43,12 @@ class ScriptedEngine:
     def has_work(self):
         return bool(self.active)
 
-    def add(self, request_id, prompt_ids, params):
-        if not prompt_ids:
+    def add(self, request):
+        if not request.prompt_ids:
             raise RequestError("the prompt\nis empty")
-        if params.speculation.tree != "dynamic":
+        if request.params.speculation.tree != "dynamic":
             raise TreeError("no such tree")
-        self.active[request_id] = [0, params.max_tokens]
+        self.active[request.request_id] = [0, request.params.max_tokens]
 
     def abort(self, request_id):
         return self.active.pop(request_id, None) is not None
@@ -74,7 +83,7 @@ class Harness:
         commands, self.commands = multiprocessing.Pipe(duplex=False)
         self.events, events = multiprocessing.Pipe(duplex=False)
         self._ends = (commands, events)
-        self.outbox = Outbox(events)
+        self.outbox = FrameWriter(events)
         self.client_ids = {}
         self.loop = WorkerLoop(engine, 7, commands, self.outbox, self.client_ids)
         self.error = None
@@ -122,7 +131,7 @@ def start():
 
 def test_tokens_then_an_end(start):
     harness = start(ScriptedEngine())
-    harness.send(Submit(7, "a", [1], PARAMS))
+    harness.send(submit(7, "a", [1], PARAMS))
     outputs = [harness.receive() for _ in range(3)]
     assert [event.generation for event in outputs] == [7, 7, 7]
     assert [event.output.token_ids for event in outputs] == [(0,), (1,), (2,)]
@@ -140,8 +149,8 @@ def test_the_log_knows_requests_by_their_clients_ids_while_they_are_here(start):
             return super().step()
 
     harness = start(Engine())
-    harness.send(Submit(7, "a", [1], PARAMS, "req-a"), Submit(7, "bad", [1], PARAMS, "req-bad"))
-    harness.send(Submit(7, "refused", [], PARAMS, "req-refused"))
+    harness.send(submit(7, "a", [1], PARAMS, "req-a"), submit(7, "bad", [1], PARAMS, "req-bad"))
+    harness.send(submit(7, "refused", [], PARAMS, "req-refused"))
     ends = []
     while len(ends) < 3:
         event = harness.receive()
@@ -153,37 +162,35 @@ def test_the_log_knows_requests_by_their_clients_ids_while_they_are_here(start):
 
 
 def test_a_step_without_output_is_a_sign_of_life(start):
-    harness = start(ScriptedEngine())
-    engine_step = harness.loop._engine
-    engine_step.active["idle"] = [0, 0]
-    harness.send(Submit(7, "a", [1], SamplingParams(max_tokens=1)))
+    engine = ScriptedEngine()
+    engine.active["idle"] = [0, 0]
+    harness = start(engine)
+    harness.send(submit(7, "a", [1], SamplingParams(max_tokens=1)))
     assert harness.receive() == Step(7, None)
 
 
 def test_refused_requests_fail_alone(start):
-    from medusa_core.sampling_params import SpeculationParams
-
     harness = start(ScriptedEngine())
     wrong_tree = SamplingParams(max_tokens=1, speculation=SpeculationParams(tree="oak"))
     harness.send(
-        Submit(7, "empty", [], PARAMS), Submit(7, "oak", [1], wrong_tree), Submit(7, "bad", [1], PARAMS)
+        submit(7, "empty", [], PARAMS), submit(7, "oak", [1], wrong_tree), submit(7, "bad", [1], PARAMS)
     )
     assert harness.receive() == Rejected(7, "empty", "the prompt is empty", "messages")
     assert harness.receive() == Rejected(7, "oak", "no such tree", "speculation.tree")
     failed = harness.receive().output
     assert failed.finish_reason is FinishReason.ERROR
     assert len(failed.error) < 2000
-    harness.send(Submit(7, "good", [1], PARAMS))
+    harness.send(submit(7, "good", [1], PARAMS))
     assert harness.receive().output.request_id == "good"
 
 
 def test_abort_ends_output(start):
     engine = ScriptedEngine()
     harness = start(engine)
-    harness.send(Submit(7, "long", [1], SamplingParams(max_tokens=10**9)))
+    harness.send(submit(7, "long", [1], SamplingParams(max_tokens=10**9)))
     harness.receive()
     harness.send(
-        Abort(7, "long"), Abort(7, "never there"), Submit(7, "next", [1], SamplingParams(max_tokens=1))
+        Abort(7, "long"), Abort(7, "never there"), submit(7, "next", [1], SamplingParams(max_tokens=1))
     )
     while (output := harness.receive().output).request_id != "next":
         assert output.request_id == "long"
@@ -192,7 +199,7 @@ def test_abort_ends_output(start):
 
 def test_requests_of_another_generation_are_not_run(start):
     harness = start(ScriptedEngine())
-    harness.send(Submit(6, "old", [1], PARAMS), Submit(7, "new", [1], SamplingParams(max_tokens=1)))
+    harness.send(submit(6, "old", [1], PARAMS), submit(7, "new", [1], SamplingParams(max_tokens=1)))
     assert harness.receive().output.request_id == "new"
     assert not harness.events.poll(0.05)
 
@@ -202,7 +209,7 @@ def test_slow_reader_never_blocks_decoding(start):
     engine = ScriptedEngine()
     harness = start(engine)
     count = 20_000
-    harness.send(Submit(7, "a", [1], SamplingParams(max_tokens=count)))
+    harness.send(submit(7, "a", [1], SamplingParams(max_tokens=count)))
     for _ in range(2000):
         if not engine.has_work and engine.num_steps:
             break
@@ -213,12 +220,43 @@ def test_slow_reader_never_blocks_decoding(start):
     assert tokens == [(number,) for number in range(count)]
 
 
+def test_an_event_of_five_megabytes_crosses_while_the_reader_is_slow(start):
+    """The loop goes on with other requests while it leaves; the reader never waits for the rest of it."""
+    count = 1_250_000
+    large = tuple(range(10**6, 10**6 + count))
+
+    class Engine(ScriptedEngine):
+        def step(self):
+            outputs = super().step()
+            return [replace(o, token_ids=large) if o.request_id == "large" else o for o in outputs]
+
+    engine = Engine()
+    harness = start(engine)
+    reader = FrameReader(harness.events)
+    harness.send(submit(7, "large", [1], SamplingParams(max_tokens=1)))
+    harness.send(submit(7, "small", [1], SamplingParams(max_tokens=50)))
+    for _ in range(1000):
+        if engine.num_steps == 51:
+            break
+        threading.Event().wait(0.01)
+    assert engine.num_steps == 51, "the loop got stuck on the large event"
+    frames = []
+    while len(frames) < 51:
+        select.select([harness.events], [], [], 10)
+        assert reader.fill()
+        frames += reader.frames()
+    assert len(frames[0]) > 5_000_000
+    outputs = [decode_event(frame).output for frame in frames]
+    assert outputs[0].token_ids == large
+    assert [output.token_ids for output in outputs[1:]] == [(number,) for number in range(50)]
+
+
 def test_lost_api_process_ends_the_loop_at_work_and_at_rest(start):
     resting = start(ScriptedEngine())
     resting.commands.close()
     assert isinstance(resting.join(), EOFError)
     working = start(ScriptedEngine())
-    working.send(Submit(7, "a", [1], SamplingParams(max_tokens=10**9)))
+    working.send(submit(7, "a", [1], SamplingParams(max_tokens=10**9)))
     working.receive()
     working.events.close()
     assert isinstance(working.join(), BrokenPipeError)
@@ -226,6 +264,6 @@ def test_lost_api_process_ends_the_loop_at_work_and_at_rest(start):
 
 def test_a_failure_of_the_engine_itself_ends_the_loop(start):
     harness = start(ScriptedEngine(failing_step=2))
-    harness.send(Submit(7, "a", [1], PARAMS))
+    harness.send(submit(7, "a", [1], PARAMS))
     harness.receive()
     assert isinstance(harness.join(), RuntimeError)

@@ -1,22 +1,11 @@
 """The audit of `make check`: a known vulnerability fails it, and knowing nothing does not pass for clean."""
 
-import importlib.util
-from pathlib import Path
-
+import audit
 import pytest
 
 CLEAN = {"name": "good", "version": "1", "vulns": []}
 BAD = {"name": "bad", "version": "2", "vulns": [{"id": "CVE-0000-1", "fix_versions": ["3"]}]}
 SKIPPED = {"name": "odd", "skip_reason": "not found"}
-
-
-@pytest.fixture
-def script():
-    path = Path(__file__).parents[2] / ".ci" / "audit.py"
-    spec = importlib.util.spec_from_file_location("audit", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize(
@@ -29,8 +18,8 @@ def script():
         ([[SKIPPED], None], 0, "pip-audit: not run, no vulnerability service answers here"),
     ],
 )
-def test_what_the_audit_makes_of_answers(script, monkeypatch, capsys, answers, status, said):
+def test_what_the_audit_makes_of_answers(monkeypatch, capsys, answers, status, said):
     left = list(answers)
-    monkeypatch.setattr(script, "audit", lambda service: left.pop(0))
-    assert script.main() == status
+    monkeypatch.setattr(audit, "audit", lambda service: left.pop(0))
+    assert audit.main() == status
     assert said in capsys.readouterr().out

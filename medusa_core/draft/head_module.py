@@ -1,0 +1,128 @@
+"""What Medusa and Hydra heads share: residual blocks stacked over the heads, and their output layers.
+
+Shapes: K heads, N rows, U new tokens, E hidden size, V output rows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medusa_core.draft.heads import last_of_each
+from medusa_core.model.kv_cache import CacheRows, CacheShape
+
+
+class HeadModule(nn.Module):
+    """K heads with residual blocks x + SiLU(W x + b), each [K, E, E], and an output layer per head, or one.
+
+    `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's
+    own output layer: a buffer that is neither trained nor saved. `token_map_V`: the token ids of the output
+    rows (reduced draft vocabulary); None: rows 0..V-1 are tokens 0..V-1.
+    """
+
+    shared_output_VE: Tensor | None
+    token_map_V: Tensor | None
+
+    def __init__(
+        self,
+        sizes: tuple[int, int, int, int],
+        num_blocks: int,
+        *,
+        shared_output: Tensor | None,
+        token_map: Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """`sizes`: heads, layers, hidden size, output rows. Raises `ValueError` without heads or layers."""
+        super().__init__()
+        self.num_heads, self.num_layers, self.hidden_size, self.vocab_size = sizes
+        if self.num_heads < 1 or self.num_layers < 1:
+            raise ValueError(
+                f"heads need at least one head and one layer, not {self.num_heads} and {self.num_layers}"
+            )
+
+        def zeros(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
+
+        heads, hidden, blocks = self.num_heads, self.hidden_size, range(num_blocks)
+        self.block_weights = nn.ParameterList(zeros(heads, hidden, hidden) for _ in blocks)
+        self.block_biases = nn.ParameterList(zeros(heads, hidden) for _ in blocks)
+        own_map = None if token_map is None else token_map.to(device=device, dtype=torch.long)
+        self.register_buffer("token_map_V", own_map, persistent=False)
+        shared = None
+        if shared_output is not None:
+            shared = output_rows(shared_output, self.vocab_size, token_map).to(device, dtype)
+        self.register_buffer("shared_output_VE", shared, persistent=False)
+        self.output_KVE = zeros(heads, self.vocab_size, hidden) if shared is None else None
+
+    @property
+    def token_map(self) -> Tensor | None:
+        """Token id [V] of each output row; None: they are the same."""
+        return self.token_map_V
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether the output layer is the backbone's."""
+        return self.output_KVE is None
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        """None: the last hidden state is all these heads need."""
+        return None
+
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
+        """The last of the newly committed tokens' hidden states [B, E]."""
+        return last_of_each(hidden_BUE, counts)
+
+    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+        """What `read` would have returned at every position: the hidden states themselves."""
+        return hidden_BSE
+
+    @property
+    def output(self) -> Tensor:
+        """Output layers [K, V, E], or the shared one [V, E]."""
+        return self.output_weight(0) if self.output_KVE is None else self.output_KVE
+
+    @property
+    def output_bias(self) -> Tensor | None:
+        """Output biases [K, V]."""
+        return None
+
+    def output_weight(self, head: int) -> Tensor:
+        """Output layer [V, E] of one head."""
+        if self.output_KVE is not None:
+            return self.output_KVE[head]
+        assert self.shared_output_VE is not None
+        return self.shared_output_VE
+
+    def start_from(self, output_VE: Tensor) -> None:
+        """Make every output layer of the heads' own a copy of the backbone's rows."""
+        if self.output_KVE is not None:
+            with torch.no_grad():
+                self.output_KVE.copy_(output_VE.expand_as(self.output_KVE))
+
+    def blocks(self, rows_KNE: Tensor, *, first: int = 0, dropout: float = 0.0) -> Tensor:
+        """Each head's rows through its residual blocks from `first` on; dropout stands before each."""
+        for weight, bias in list(zip(self.block_weights, self.block_biases, strict=True))[first:]:
+            weight, bias = weight.to(rows_KNE.dtype), bias.to(rows_KNE.dtype)
+            inputs = functional.dropout(rows_KNE, dropout) if dropout else rows_KNE
+            inner = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
+            rows_KNE = rows_KNE + functional.silu(inner)
+        return rows_KNE
+
+
+def output_rows(lm_head_weight: Tensor, vocab_size: int, token_map: Tensor | None) -> Tensor:
+    """The backbone's output rows [V, E] of the tokens that heads draft."""
+    weight = lm_head_weight.detach()
+    return weight[:vocab_size] if token_map is None else weight[token_map.to(weight.device)]
+
+
+def initial_rows(
+    lm_head_weight: Tensor, vocab_size: int, hidden_size: int, token_map: Tensor | None
+) -> Tensor:
+    """`output_rows` for fresh heads of these sizes. Raises `ValueError` if there are too few."""
+    rows = output_rows(lm_head_weight, vocab_size, token_map)
+    if rows.shape != (vocab_size, hidden_size):
+        raise ValueError(f"lm_head {tuple(lm_head_weight.shape)} lacks {vocab_size} rows of {hidden_size}")
+    return rows
