@@ -13,8 +13,9 @@ from medusa_core.checkpoints.medusa_format import (
     is_vllm_key,
     without_optional_prefix,
 )
-from medusa_core.checkpoints.weight_files import Repository, model_keys, read_json, read_shards, read_tensors
+from medusa_core.checkpoints.weight_files import Repository, model_keys, read_shards, read_tensors
 from medusa_core.errors import CheckpointError
+from medusa_core.files import read_json
 
 HYDRA_FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt")  # in order of preference
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")

@@ -1,7 +1,6 @@
 """Weight files in folders and on the Hub: safetensors, `.pt` and `.bin`, sharded or not."""
 
 import contextlib
-import json
 import pickle  # for the name of an error alone  # nosec B403
 import struct
 import zipfile
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa_core.errors import CheckpointError, first_line
+from medusa_core.files import read_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # each before its index, as transformers chooses
 INDEX_SUFFIX = ".index.json"
@@ -58,17 +58,6 @@ class Repository:
                 ) from error
         path = folder / filename
         return path if path.is_file() else None
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
 
 
 def read_tensors(path: Path, wanted: Container[str] | None = None) -> dict[str, Tensor]:

@@ -5,10 +5,6 @@ Keys are the published ones, so other servers and the references read them too. 
 map; ours is one more key, `token_map`.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +16,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from medusa_core.checkpoints.hydra_format import ARCH_MLP, ARCH_PREFIX, PREFIX, written_layout
 from medusa_core.checkpoints.medusa_format import IN_MODEL, PLAIN, TOKEN_MAP, HeadLayout, Naming
 from medusa_core.checkpoints.modules import medusa_weights, weights_of
-from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
+from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.files import read_json, replace_file, write_json
 
 HEADS_FILE, HYDRA_FILE = "medusa_lm_head.safetensors", "hydra_lm_head.safetensors"
 SHARED_OUTPUT_VERSION = "2"  # how TGI marks format B
@@ -72,14 +69,8 @@ def write_files(directory: str | Path, name: str, tensors: dict[str, Tensor], co
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    _replace(folder / name, lambda path: save_file(own, path, metadata={"format": "pt"}))
+    replace_file(folder / name, lambda path: save_file(own, path, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write indented JSON, replacing the file atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def medusa_tensors(
@@ -114,19 +105,6 @@ def _hydra_tensors(weights: HydraWeights) -> dict[str, Tensor]:
     }
     tensors |= {PREFIX + key: tensor for key, tensor in (weights.prefix or {}).items()}
     return tensors if weights.token_map is None else tensors | {TOKEN_MAP: weights.token_map}
-
-
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the heads from a server of another user
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 DEFAULT_SHARD_SIZE = "5GB"

@@ -19,6 +19,7 @@ from medusa_core.config import EngineConfig
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.errors import ConfigError, DataError
 from medusa_core.option_field import option
+from medusa_core.status_bar import StatusBar
 
 if TYPE_CHECKING:
     from medusa_core.distillation.answers import Answerer
@@ -135,8 +136,9 @@ def _run(
 
         async def go() -> "DistillReport":
             async with answerers() as answerer:
-                with DistillProgress(Console(stderr=True)) as progress:
-                    return await Distillation(seeds, journal, answerer, settings, progress.show).run()
+                with StatusBar(Console(stderr=True), "asking") as bar:
+                    watch = DistillProgress(bar).show
+                    return await Distillation(seeds, journal, answerer, settings, watch).run()
 
         return asyncio.run(go())
 

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from medusa_core.errors import ConfigError, DataError
+from medusa_core.files import read_json, write_json
 
 Record = Mapping[str, Any]
 
@@ -120,20 +121,15 @@ def _seed_rows(file: BinaryIO) -> set[int]:
 
 
 def _check_settings(path: Path, record: Record) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not the record of a run: {error}") from error
+    found = read_json(path, ConfigError)
+    names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
     if names:
         changes = ", ".join(f"{name}: {found.get(name)!r} then, {record.get(name)!r} now" for name in names)
         raise ConfigError(f"{path} records other settings ({changes}): give another --out, or those settings")
 
 
 def _write_settings(path: Path, record: Record) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, record)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error

@@ -4,7 +4,6 @@
 tokenizes too, and it must start fast and hold no accelerator.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from medusa_core.errors import ConfigError, TokenizerError
+from medusa_core.errors import ConfigError, TokenizerError, first_line
+from medusa_core.files import read_json
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.sentencepiece import convert_sentencepiece
 
@@ -110,9 +110,8 @@ def load_chat_tokenizer(
     `require_template`, no template.
     """
     directory = _locate(model)
-    config = _read_json(directory / "special_tokens_map.json") | _read_json(
-        directory / "tokenizer_config.json"
-    )
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    config = _optional_json(directory / names[0]) | _optional_json(directory / names[1])
     tokenizer = _load_tokenizer(directory, config)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -123,10 +122,10 @@ def load_chat_tokenizer(
     if require_template and tokenizer.chat_template is None:
         raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
     _check_template(tokenizer)
-    generation = _read_json(directory / "generation_config.json")
+    generation = _optional_json(directory / "generation_config.json")
     return ChatTokenizer(
         tokenizer=tokenizer,
-        eos_token_ids=_eos_ids(tokenizer, generation or _read_json(directory / "config.json")),
+        eos_token_ids=_eos_ids(tokenizer, generation or _optional_json(directory / "config.json")),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
         generation_defaults=_generation_defaults(generation),
     )
@@ -166,9 +165,8 @@ def _locate(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=TOKENIZER_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise TokenizerError(
-            f"{model!r} is neither a local directory nor a model the Hub provides: {reason}"
+            f"{model!r} is neither a local directory nor a model the Hub provides: {first_line(error)}"
         ) from error
 
 
@@ -244,14 +242,5 @@ def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     return GenerationDefaults(**values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object")
-    return value
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path, TokenizerError) if path.exists() else {}

@@ -2,10 +2,12 @@
 
 import logging
 import time
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
+
+from medusa_core.status_bar import StatusBar
 
 logger = logging.getLogger(__name__)
 
@@ -14,58 +16,32 @@ class ProgressReport(TrainerCallback):
     """Shows steps, loss and time left; logs the loss every `logging_steps` where there is no terminal."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._progress: Progress | None = None
+        self._bar = StatusBar(console, "training heads")
         self._started = (0, 0.0)  # step and time
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._started = (state.global_step, time.monotonic())
-        if not (self._console.is_terminal and state.is_world_process_zero):
-            return
-        self._progress = Progress(
-            TextColumn("training heads"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=self._console,
-        )
-        self._progress.add_task("train", total=state.max_steps, completed=state.global_step, status="")
-        self._progress.start()
+        self._bar.show(total=state.max_steps, completed=state.global_step)
+        if state.is_world_process_zero:
+            self._bar.start()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=state.global_step)
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._bar.show(completed=state.global_step)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: object,
-    ) -> None:
-        if not logs or "loss" not in logs or not state.is_world_process_zero:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs or not state.is_world_process_zero:
             return
         step, since = self._started
         rate = (state.global_step - step) / max(time.monotonic() - since, 1e-9)
         status = f"loss {logs['loss']:.4f} · {rate:.2f} steps/s"
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], status=status)
-        else:
+        self._bar.show(status=status)
+        if self._bar.disable:
             logger.info("step %d of %d · %s", state.global_step, state.max_steps, status)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.stop()
 
     def stop(self) -> None:
         """Take the bar off the terminal; safe to call twice."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        self._bar.stop()

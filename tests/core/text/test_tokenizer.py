@@ -313,10 +313,10 @@ def test_broken_files_are_named(tiny_model_dir, copy_of, tmp_path):
     with pytest.raises(TokenizerError, match="temperature must be a number, not 'warm'"):
         load_chat_tokenizer(path)
     (path / "generation_config.json").write_text("[]")
-    with pytest.raises(TokenizerError, match="generation_config.json must hold a JSON object"):
+    with pytest.raises(TokenizerError, match="generation_config.json is not a JSON object"):
         load_chat_tokenizer(path)
     (path / "generation_config.json").write_text("{")
-    with pytest.raises(TokenizerError, match=r"generation_config.json cannot be read"):
+    with pytest.raises(TokenizerError, match=r"cannot read .*generation_config.json"):
         load_chat_tokenizer(path)
     (path / "tokenizer.json").write_text("{}")
     with pytest.raises(TokenizerError, match=r"tokenizer.json cannot be read"):
