@@ -154,10 +154,8 @@ def _check_shapes(source: str, weights: HydraWeights, layout: HydraLayout, hidde
     bias = weights.linear[0].bias
     own = len(bias) if bias is not None and bias.ndim == 1 else 0
     first = tuple(weights.linear[0].weight.shape)
-    if hidden_size is not None and own != hidden_size and first == (own, 2 * own):
-        raise CheckpointError(
-            f"{source}: heads are for hidden size {own}, the backbone's hidden size is {hidden_size}"
-        )
+    if hidden_size is not None and first == (own, 2 * own):
+        checks.check_hidden_size(source, own, hidden_size)
     size = hidden_size or own
     for head, blocks in enumerate(weights.blocks):
         _check_linear(source, layout.block_key(head, 0), weights.linear[head], size, (head + 2) * size)

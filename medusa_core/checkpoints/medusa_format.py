@@ -8,6 +8,7 @@ from torch import Tensor
 
 from medusa_core.checkpoints.checks import (
     check_float,
+    check_hidden_size,
     check_keys,
     check_rows,
     check_shape,
@@ -172,10 +173,8 @@ def _check_shapes(
 ) -> None:
     first = tensors[layout.block_key(0, 0, "weight")].shape
     own = int(first[0]) if len(first) == 2 and first[0] == first[1] else None
-    if hidden_size is not None and own is not None and own != hidden_size:
-        raise CheckpointError(
-            f"{source}: heads are for hidden size {own}, the backbone's hidden size is {hidden_size}"
-        )
+    if hidden_size is not None and own is not None:
+        check_hidden_size(source, own, hidden_size)
     size = hidden_size or own or int(first[0] if first else 0)
     outputs = layout.output_keys()
     for key in sorted(tensors.keys() - set(outputs)):

@@ -37,24 +37,9 @@ TOKENIZER_FILES = [
 TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """Sampling values recommended in `generation_config.json`; None if unspecified.
-
-    As in transformers, sampling values count only with `do_sample: true`, and an explicit `do_sample: false`
-    is greedy decoding (temperature 0). Unlike there, a value that is not in the file has no hidden default
-    (transformers would apply top-k 50).
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with its chat template, end-of-sequence ids and generation defaults.
+    """A tokenizer with its chat template, end-of-sequence ids and the model's own sampling.
 
     `vocab_size` is the greatest id plus one, which may be less than the model's padded vocabulary. Safe to
     share between threads.
@@ -63,7 +48,7 @@ class ChatTokenizer:
     tokenizer: PreTrainedTokenizerFast
     eos_token_ids: frozenset[int]
     vocab_size: int
-    generation_defaults: GenerationDefaults
+    default_params: SamplingParams
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the conversation in the chat template's format, ready for the assistant's turn.
@@ -73,11 +58,16 @@ class ChatTokenizer:
         """
         if self.tokenizer.chat_template is None:
             raise TokenizerError(_NO_TEMPLATE)
+        return self._encode(self.render_text(messages), special=False)
+
+    def render_text(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation in the chat template's format. Raises `TokenizerError` if it refuses it."""
         try:
-            text = _render_template(self.tokenizer, messages)
+            return _render_template(self.tokenizer, messages, add_generation_prompt)
         except TEMPLATE_FAILURES as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return self._encode(text, special=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the tokenizer puts around it (BOS)."""
@@ -127,7 +117,7 @@ def load_chat_tokenizer(
         tokenizer=tokenizer,
         eos_token_ids=_eos_ids(tokenizer, generation or _optional_json(directory / "config.json")),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        generation_defaults=_generation_defaults(generation),
+        default_params=_default_params(generation),
     )
 
 
@@ -210,10 +200,12 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def _render_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]]) -> str:
-    """The conversation's text up to the assistant's turn. Raises one of `TEMPLATE_FAILURES`."""
+def _render_template(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], add_prompt: bool = True
+) -> str:
+    """The conversation's text, up to the assistant's turn. Raises one of `TEMPLATE_FAILURES`."""
     turns = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=add_prompt, tokenize=False))
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:
@@ -223,11 +215,15 @@ def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> f
     return frozenset(i for i in ids if isinstance(i, int))
 
 
-def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
-    if config.get("do_sample") is False:
-        return GenerationDefaults(temperature=0.0)
+def _default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """Sampling as `generation_config.json` recommends it.
+
+    As in transformers, its values count only with `do_sample: true`, and an explicit `do_sample: false` is
+    greedy decoding. Unlike there, a value that is not in the file has no hidden default (transformers would
+    apply top-k 50).
+    """
     if not config.get("do_sample"):
-        return GenerationDefaults()
+        return SamplingParams(temperature=0.0) if config.get("do_sample") is False else SamplingParams()
     names = ("temperature", "top_p", "top_k", "min_p")
     values = {name: config[name] for name in names if config.get(name) is not None}
     for name, value in values.items():
@@ -236,10 +232,9 @@ def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     if isinstance(values.get("top_k"), float):
         raise TokenizerError(f"generation_config.json: top_k must be a whole number, not {values['top_k']}")
     try:
-        SamplingParams(**values)
+        return SamplingParams(**values)
     except ConfigError as error:
         raise TokenizerError(f"generation_config.json: {error}") from error
-    return GenerationDefaults(**values)
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example
 from medusa_core.training.joint import JointModule
-from medusa_core.training.loss import CHUNK_ELEMENTS
 from medusa_core.training.memory import MemoryShape, estimate_memory
 from medusa_core.training.module import HeadModule
 from medusa_core.training.quantization import quantize
@@ -108,7 +107,6 @@ def peak_bytes(config: TrainConfig, backbone: Backbone, heads: MedusaHeads) -> i
         output_rows=heads.vocab_size,
         tokens=config.batch_size * config.sequence_length,
         itemsize=backbone.dtype.itemsize,
-        chunk_elements=CHUNK_ELEMENTS,
         has_output=not heads.is_shared,
     )
     return estimate_memory(shape).peak

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa_core.errors import DataError
+from medusa_core.errors import DataError, TokenizerError
 from medusa_core.text.rows import BadRows, Messages, read_dialogue, read_rows
-from medusa_core.text.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
+from medusa_core.text.tokenizer import ChatTokenizer
 
 NO_TARGET = -100  # transformers counts other labels to average the loss over accumulated batches
 ENCODE_BATCH = 1024
@@ -72,15 +72,15 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     """The dialogue in the chat template's format, assistant turns marked.
 
     One text for most templates. A template that rewrites earlier turns (say, drops their reasoning) gives a
-    text for each state the dialogue was in when the assistant spoke. Raises `DataError` if the template
-    refuses it.
+    text for each state the dialogue was in when the assistant spoke. Raises `TokenizerError` if the
+    template refuses it, `DataError` if it renders turns otherwise than it prompts for them.
     """
     texts: list[Rendered] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:  # opening words answer nothing, and have no prompt
             continue
-        prompt = _apply_template(chat, messages[:index], add_generation_prompt=True)
-        full = _apply_template(chat, messages[: index + 1], add_generation_prompt=False)
+        prompt = chat.render_text(messages[:index])
+        full = chat.render_text(messages[: index + 1], add_generation_prompt=False)
         if not full.startswith(prompt):
             raise DataError("the chat template's generation prompt is not how it renders an assistant turn")
         if not texts or not prompt.startswith(texts[-1].text):
@@ -90,23 +90,13 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     return texts
 
 
-def _apply_template(chat: ChatTokenizer, messages: Messages, *, add_generation_prompt: bool) -> str:
-    try:
-        text = chat.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TEMPLATE_FAILURES as error:
-        raise DataError(f"the chat template refuses it: {error}") from error
-    return str(text)
-
-
 def _rendered_rows(sources: Iterable[str | Path], chat: ChatTokenizer, bad: BadRows) -> Iterator[Rendered]:
     for row in (row for source in sources for row in read_rows(source)):
         try:
             texts = render_turns(read_dialogue(row.content), chat)
             for rendered in texts:
                 rendered.text.encode()
-        except (DataError, UnicodeEncodeError) as error:
+        except (DataError, TokenizerError, UnicodeEncodeError) as error:
             bad.add(row.place, error)
         else:
             yield from texts

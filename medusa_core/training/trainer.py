@@ -19,13 +19,17 @@ from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import DataError
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
-from medusa_core.training.arguments import HeadTrainingArguments, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.builders import build_backbone, build_heads, build_trainer_module, peak_bytes
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_backbone, evaluate_heads
-from medusa_core.training.hf_trainer import HeadsTrainer, RampCallback
+from medusa_core.training.hf_trainer import (
+    HeadsTrainer,
+    HeadTrainingArguments,
+    RampCallback,
+    training_arguments,
+)
 from medusa_core.training.joint import JointModule
 from medusa_core.training.module import HeadModule
 from medusa_core.training.progress import ProgressReport

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medusa_core.errors import TokenizerError
+from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.sentencepiece import convert_sentencepiece
-from medusa_core.text.tokenizer import GenerationDefaults, builtin_templates, load_chat_tokenizer
+from medusa_core.text.tokenizer import builtin_templates, load_chat_tokenizer
 
 TURNS = [
     {"role": "user", "content": " Hello "},
@@ -70,7 +71,7 @@ def test_facts_of_the_tiny_model(tiny_model_dir):
     chat = load_chat_tokenizer(str(tiny_model_dir))
     assert chat.eos_token_ids == {0, 4}
     assert chat.vocab_size == 320
-    assert chat.generation_defaults == GenerationDefaults(temperature=0.3, top_p=0.95)
+    assert chat.default_params == SamplingParams(temperature=0.3, top_p=0.95)
 
 
 def test_template_refusal_carries_its_message(tiny_model_dir):
@@ -244,19 +245,19 @@ def test_bos_outside_the_vocabulary_is_refused(vicuna_layout_dir, copy_of):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"do_sample": True, "temperature": 0.6, "top_k": 20, "min_p": 0.1}, (0.6, None, 20, 0.1)),
-        ({"do_sample": True}, (None, None, None, None)),
-        ({"do_sample": False, "temperature": 0.6}, (0.0, None, None, None)),
-        ({"temperature": 0.6, "top_p": 0.9}, (None, None, None, None)),
+        (
+            {"do_sample": True, "temperature": 0.6, "top_k": 20, "min_p": 0.1},
+            SamplingParams(temperature=0.6, top_k=20, min_p=0.1),
+        ),
+        ({"do_sample": True}, SamplingParams()),
+        ({"do_sample": False, "temperature": 0.6}, SamplingParams(temperature=0.0)),
+        ({"temperature": 0.6, "top_p": 0.9}, SamplingParams()),
     ],
 )
 def test_generation_defaults(tiny_model_dir, copy_of, values, expected):
     path = copy_of(tiny_model_dir)
     (path / "generation_config.json").write_text(json.dumps(values))
-    temperature, top_p, top_k, min_p = expected
-    assert load_chat_tokenizer(path).generation_defaults == GenerationDefaults(
-        temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p
-    )
+    assert load_chat_tokenizer(path).default_params == expected
 
 
 @pytest.mark.parametrize(
