@@ -94,15 +94,8 @@ def fitting_prompts(
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
     """The measured engine, for reports."""
-    info = engine.info
-    return {
-        "model": info.model,
-        "heads": info.heads,
-        "num_heads": info.num_heads,
-        "parameters": info.parameters,
-        "dtype": info.dtype,
-        "device": info.device,
-    }
+    names = ("model", "heads", "num_heads", "parameters", "dtype", "device")
+    return {name: getattr(engine.info, name) for name in names}
 
 
 def machine_facts() -> dict[str, Any]:

@@ -124,8 +124,7 @@ def _run(
     """What can be wrong with files shows before a model is loaded; one without work is not loaded."""
     # Imported here: transformers takes a second, which `medusa --help` should not.
     from medusa_core.distillation.journal import Journal
-    from medusa_core.distillation.progress import DistillProgress
-    from medusa_core.distillation.run import Distillation, DistillReport, settings_record
+    from medusa_core.distillation.run import Distillation, DistillProgress, DistillReport, settings_record
     from medusa_core.distillation.seeds import load_seeds
 
     seeds = load_seeds(settings.data, limit=settings.limit, strict=settings.strict)
@@ -137,8 +136,8 @@ def _run(
         async def go() -> "DistillReport":
             async with answerers() as answerer:
                 with StatusBar(Console(stderr=True), "asking") as bar:
-                    watch = DistillProgress(bar).show
-                    return await Distillation(seeds, journal, answerer, settings, watch).run()
+                    progress = DistillProgress(bar)
+                    return await Distillation(seeds, journal, answerer, settings, progress).run()
 
         return asyncio.run(go())
 

@@ -62,8 +62,7 @@ class Journal:
         else:
             _write_settings(self._settings, record)
         for file in (self._rows, self._dropped):
-            _cut_half_line(file)
-            self.done |= _seed_rows(file)
+            self.done |= _read_rows(file)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -90,26 +89,15 @@ def _append(file: BinaryIO, value: Record) -> None:
             raise DataError(f"cannot write {file.name}: {error.strerror}") from error
 
 
-def _cut_half_line(file: BinaryIO) -> None:
-    """Drop an incomplete last line, left by a killed run or a full disk."""
-    size = file.seek(0, os.SEEK_END)
-    keep = size
-    while keep > 0:
-        start = max(0, keep - 65536)
-        file.seek(start)
-        newline = file.read(keep - start).rfind(b"\n")
-        if newline >= 0:
-            keep = start + newline + 1
-            break
-        keep = start
-    if keep < size:
-        file.truncate(keep)
-
-
-def _seed_rows(file: BinaryIO) -> set[int]:
-    rows = set()
+def _read_rows(file: BinaryIO) -> set[int]:
+    """The seed rows in it; an incomplete last line, left by a killed run or a full disk, is cut off."""
+    rows, end = set(), 0
     with Path(file.name).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            end += len(line)
             try:
                 rows.add(int(json.loads(line)["seed_row"]))
             except (ValueError, TypeError, LookupError, RecursionError) as error:

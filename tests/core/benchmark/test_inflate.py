@@ -99,9 +99,8 @@ def test_dead_weights_are_random(tiny: LlamaForCausalLM, inflated: LlamaForCausa
 
 
 def test_seed_decides_the_dead_weights(tiny: LlamaForCausalLM, inflated: LlamaForCausalLM) -> None:
-    again, other = inflate_model(tiny, SMALL), inflate_model(tiny, SMALL, seed=1)
+    again = inflate_model(tiny, SMALL)
     assert all(torch.equal(a, b) for a, b in zip(inflated.parameters(), again.parameters(), strict=True))
-    assert not torch.equal(inflated.lm_head.weight, other.lm_head.weight)
 
 
 def test_dtype_and_generation_settings(tiny: LlamaForCausalLM) -> None:

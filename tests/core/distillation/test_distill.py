@@ -16,10 +16,8 @@ from typer.testing import CliRunner
 
 from medusa_core.cli.main import app
 from medusa_core.distillation.answers import EngineAnswerer, Reply, RowError
-from medusa_core.distillation.dialogue import answer_seed, reask
 from medusa_core.distillation.journal import Journal
-from medusa_core.distillation.progress import DistillProgress
-from medusa_core.distillation.run import Distillation, DistillReport
+from medusa_core.distillation.run import Distillation, DistillProgress, DistillReport, answer_seed, reask
 from medusa_core.distillation.seeds import SeedDialogue, Seeds, digest, load_seeds
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.engine.outputs import FinishReason
@@ -81,7 +79,8 @@ def seeds_of(*texts: str) -> Seeds:
 
 
 def run(seeds: Seeds, journal: Journal, answerer: Scripted, settings: DistillSettings) -> DistillReport:
-    return asyncio.run(Distillation(seeds, journal, answerer, settings, lambda report: None).run())
+    progress = DistillProgress(StatusBar(Console(file=io.StringIO()), "asking"))
+    return asyncio.run(Distillation(seeds, journal, answerer, settings, progress).run())
 
 
 def test_seed_rows_become_groups_to_answer(tmp_path: Path) -> None:
