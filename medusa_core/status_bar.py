@@ -17,5 +17,5 @@ class StatusBar(Progress):
         self._task = self.add_task(label, total=None, status="")
 
     def show(self, **fields: object) -> None:
-        """Change `total`, `completed` or `status`."""
+        """Change `total`, `completed` or `status`, or `advance` by so many steps."""
         self.update(self._task, **fields)  # type: ignore[arg-type]

@@ -8,12 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
-from medusa_core.calibration.measure import (
-    MAX_RANK,
-    RankCounter,
-    TauFitter,
-    length_meters,
-)
+from medusa_core.calibration.measure import MAX_RANK, RankCounter, TauFitter, length_meters
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.tree_size import TREE_SIZES, fastest_size
 from medusa_core.engine.engine import Engine

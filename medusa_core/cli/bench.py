@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from medusa_core.benchmark.settings import BenchSettings
 from medusa_core.cli.engine_options import ModelOptions
@@ -15,6 +14,7 @@ from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import option
 from medusa_core.sampling_params import SpeculationParams
+from medusa_core.status_bar import StatusBar
 
 if TYPE_CHECKING:
     from medusa_core.engine.engine import Engine
@@ -26,9 +26,7 @@ class BenchOptions:
     """What is measured, and where the figures go."""
 
     prompts: Path | None = option(
-        "JSONL file (.gz too) of objects with `messages`.",
-        default=None,
-        shown="24 short dialogue openings",
+        "JSONL file (.gz too) of objects with `messages`.", default=None, shown="24 short dialogue openings"
     )
     limit: int | None = option("Use only the first prompts.", default=None, shown="all", least=1)
     inflate: str | None = option(
@@ -79,15 +77,12 @@ def _measure(
 ) -> dict[str, Any]:
     from medusa_core.benchmark.bench import run_bench
 
-    with _progress(notes) as progress:
-        task = progress.add_task("prompts", total=len(prompts))
-        return run_bench(
-            engine,
-            prompts,
-            settings,
-            warn=lambda text: progress.console.print(f"warning: {text}", markup=False, highlight=False),
-            on_prompt=lambda: progress.advance(task),
-        )
+    def warn(text: str) -> None:
+        notes.print(f"warning: {text}", markup=False, highlight=False)
+
+    with StatusBar(notes, "prompts") as bar:
+        bar.show(total=len(prompts))
+        return run_bench(engine, prompts, settings, warn=warn, on_prompt=lambda: bar.show(advance=1))
 
 
 def _publish(report: dict[str, Any], json_file: Path | None) -> None:
@@ -100,8 +95,3 @@ def _publish(report: dict[str, Any], json_file: Path | None) -> None:
         json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {json_file}: {error}") from error
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)

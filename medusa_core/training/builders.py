@@ -126,11 +126,7 @@ def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
     assert config.heads is not None
     source = heads_source(config.model, config.heads) or config.heads
     heads = load_heads_for(
-        backbone.model,
-        source,
-        vocab_size=backbone.vocab_size,
-        dtype=torch.float32,
-        device=backbone.device,
+        backbone.model, source, vocab_size=backbone.vocab_size, dtype=torch.float32, device=backbone.device
     )
     if not isinstance(heads, MedusaHeads):
         raise ConfigError(f"{config.heads} holds Hydra heads; training starts from Medusa heads only")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.data import Dataset, Sampler
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from medusa_core.errors import ConfigError
 from medusa_core.loading.devices import resolve_device
@@ -127,9 +127,7 @@ class RampCallback(TrainerCallback):
     def __init__(self, model: JointModule) -> None:
         self._model = model
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._model.progress = state.global_step / max(1, state.max_steps)
 
 

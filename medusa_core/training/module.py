@@ -25,13 +25,7 @@ class HeadModule(nn.Module):
     )
 
     def __init__(
-        self,
-        backbone: Backbone,
-        heads: TrainableHeads,
-        *,
-        loss: LossKind,
-        decay: float,
-        noise: float = 0.0,
+        self, backbone: Backbone, heads: TrainableHeads, *, loss: LossKind, decay: float, noise: float = 0.0
     ) -> None:
         super().__init__()
         if not backbone.splits:

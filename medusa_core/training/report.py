@@ -38,11 +38,7 @@ class TrainReport:
 
 
 def save_result(
-    config: TrainConfig,
-    model: HeadModule,
-    tuned: Tuned | None,
-    chat: ChatTokenizer,
-    report: TrainReport,
+    config: TrainConfig, model: HeadModule, tuned: Tuned | None, chat: ChatTokenizer, report: TrainReport
 ) -> None:
     """Heads in `config.out`, or the tuned backbone with the heads inside (format C); training.json last."""
     dtype = training_dtype(config, model.backbone.device)
