@@ -31,11 +31,7 @@ def _train_options() -> OptionGroup:
     hints = get_type_hints(TrainConfig)
     parameters = [parameter("config", Path | None, file, None)]
     parameters += [_parameter(spec, hints[spec.name]) for spec in fields(TrainConfig)]
-
-    def build(config: Path | None, **flags: Any) -> TrainConfig:
-        return resolve_config(flags, config)
-
-    return OptionGroup(tuple(parameters), build)
+    return OptionGroup(tuple(parameters), lambda config, **flags: resolve_config(flags, config))
 
 
 def _parameter(spec: Field[Any], hint: Any) -> "Parameter":

@@ -56,8 +56,6 @@ class ChatTokenizer:
         The template alone decides about special tokens such as BOS. Raises TokenizerError with the
         template's own words if it refuses the messages.
         """
-        if self.tokenizer.chat_template is None:
-            raise TokenizerError(_NO_TEMPLATE)
         return self._encode(self.render_text(messages), special=False)
 
     def render_text(
@@ -90,14 +88,12 @@ class ChatTokenizer:
         return ids
 
 
-def load_chat_tokenizer(
-    model: str | Path, chat_template: str | None = None, *, require_template: bool = True
-) -> ChatTokenizer:
+def load_chat_tokenizer(model: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     """Load from a local directory, which never touches the network, or by Hub name.
 
     `chat_template` is the name of a built-in template or the path of a Jinja file; None takes the model's
-    own, or Vicuna's for a model of that name. Raises TokenizerError if there is no usable tokenizer or, with
-    `require_template`, no template.
+    own, or Vicuna's for a model of that name. Raises TokenizerError if there is no usable tokenizer or
+    template.
     """
     directory = _locate(model)
     names = ("special_tokens_map.json", "tokenizer_config.json")
@@ -109,8 +105,8 @@ def load_chat_tokenizer(
         tokenizer.chat_template = read_template(chat_template)
     elif tokenizer.chat_template is None and "vicuna" in Path(model).resolve().name.lower():
         tokenizer.chat_template = read_template("vicuna")
-    if require_template and tokenizer.chat_template is None:
-        raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
+    if tokenizer.chat_template is None:
+        raise TokenizerError(f"{model}: the model has no chat template. {_TEMPLATE_REMEDY}")
     _check_template(tokenizer)
     generation = _optional_json(directory / "generation_config.json")
     return ChatTokenizer(
@@ -142,7 +138,6 @@ _TEMPLATE_REMEDY = (
     f"Set MEDUSA_CHAT_TEMPLATE (--chat-template) to a built-in name ({', '.join(builtin_templates())}) "
     "or to the path of a Jinja file"
 )
-_NO_TEMPLATE = f"the model has no chat template. {_TEMPLATE_REMEDY}"
 
 
 def _locate(model: str | Path) -> Path:
@@ -181,8 +176,6 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
     A template that refuses these two conversations may accept others.
     """
-    if tokenizer.chat_template is None:
-        return
     texts = set()
     for content in ("Hello", "Goodbye"):
         try:

@@ -1,6 +1,7 @@
 """Builds what a run needs from its configuration: backbone, heads, and the module to optimize."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,31 +52,22 @@ def build_heads(
     token_map = None
     if config.draft_vocab is not None:
         token_map = frequent_tokens(examples, config.draft_vocab, backbone.vocab_size).to(backbone.device)
-    vocab_size = backbone.vocab_size if token_map is None else len(token_map)
-    lm_head_weight = backbone.lm_head_weight.float()
+    sizes = {
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "vocab_size": backbone.vocab_size if token_map is None else len(token_map),
+    }
+    outputs: dict[str, Any] = {
+        "lm_head_weight": backbone.lm_head_weight.float(),
+        "shared": config.shared_output,
+        "token_map": token_map,
+    }
     if not config.is_hydra:
-        return MedusaHeads.new(
-            hidden_size=backbone.hidden_size,
-            vocab_size=vocab_size,
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            lm_head_weight=lm_head_weight,
-            shared=config.shared_output,
-            token_map=token_map,
-        )
+        return MedusaHeads.new(**sizes, **outputs)
+    prefix = _prefix_layer(backbone, examples) if config.recipe == Recipe.HYDRA_PLUS else None
     return HydraHeads.new(
-        HydraShape(
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            hidden_size=backbone.hidden_size,
-            vocab_size=vocab_size,
-        ),
-        lm_head_weight=lm_head_weight,
-        embed=backbone.embed,
-        prefix=_prefix_layer(backbone, examples) if config.recipe == Recipe.HYDRA_PLUS else None,
-        shared=config.shared_output,
-        token_map=token_map,
-        dropout=config.dropout,
+        HydraShape(**sizes), embed=backbone.embed, prefix=prefix, dropout=config.dropout, **outputs
     )
 
 

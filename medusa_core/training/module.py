@@ -20,9 +20,8 @@ from medusa_core.training.loss import Targets, TeacherTargets, find_targets, hea
 class HeadModule(nn.Module):
     """Heads (float32 master weights) on a frozen backbone; products are taken in the backbone's dtype."""
 
-    accepts_loss_kwargs = (
-        True  # transformers then passes `num_items_in_batch`, targets over accumulated batches
-    )
+    # transformers then passes `num_items_in_batch`: targets over accumulated batches.
+    accepts_loss_kwargs = True
 
     def __init__(
         self, backbone: Backbone, heads: TrainableHeads, *, loss: LossKind, decay: float, noise: float = 0.0

@@ -4,7 +4,6 @@ import logging
 import time
 from typing import Any
 
-from rich.console import Console
 from transformers import TrainerCallback, TrainerState
 
 from medusa_core.status_bar import StatusBar
@@ -15,15 +14,13 @@ logger = logging.getLogger(__name__)
 class ProgressReport(TrainerCallback):
     """Shows steps, loss and time left; logs the loss every `logging_steps` where there is no terminal."""
 
-    def __init__(self, console: Console) -> None:
-        self._bar = StatusBar(console, "training heads")
+    def __init__(self, bar: StatusBar) -> None:
+        self._bar = bar
         self._started = (0, 0.0)  # step and time
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._started = (state.global_step, time.monotonic())
         self._bar.show(total=state.max_steps, completed=state.global_step)
-        if state.is_world_process_zero:
-            self._bar.start()
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._bar.show(completed=state.global_step)
@@ -38,10 +35,3 @@ class ProgressReport(TrainerCallback):
         self._bar.show(status=status)
         if self._bar.disable:
             logger.info("step %d of %d · %s", state.global_step, state.max_steps, status)
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.stop()
-
-    def stop(self) -> None:
-        """Take the bar off the terminal; safe to call twice."""
-        self._bar.stop()
