@@ -85,7 +85,7 @@ def hf_runner(engine: Engine) -> Runner:
             generation_config=_generation_config(params, eos_ids, padding),
             streamer=clock,
         )
-        times = clock.token_times
+        times = clock.times[1:]
         tokens = tuple(int(token) for token in sequences[0, len(prompt_ids) :])
         return Run(tokens, times[0] - start, times[-1] - times[0])
 
@@ -96,14 +96,10 @@ class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, misc, unused-ignore
     """Records when each token arrives; `generate` puts the prompt first."""
 
     def __init__(self) -> None:
-        self._times: list[float] = []
-
-    @property
-    def token_times(self) -> list[float]:
-        return self._times[1:]
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self._times.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing to flush."""

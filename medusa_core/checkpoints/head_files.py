@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from medusa_core.checkpoints.hydra_format import is_hydra
 from medusa_core.checkpoints.medusa_format import (
     HEAD_PREFIX,
     MODELOPT_PREFIX,
@@ -34,10 +33,6 @@ class HeadFile:
     source: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-
-    @property
-    def is_hydra(self) -> bool:
-        return is_hydra(self.tensors)
 
 
 def find_heads(model_dir: Path) -> Path | None:

@@ -111,19 +111,11 @@ def describe_files(model: str | Path) -> str:
     if not folder.is_dir():
         config = try_to_load_from_cache(str(model), "config.json")
         folder = Path(config).parent if isinstance(config, str) else folder
-    sizes = [path.stat().st_size for path in _weight_files(folder) if path.is_file()]
+    found = [[*folder.glob(name.replace(".", "*."))] for name in MODEL_FILES]  # shards too
+    sizes = [path.stat().st_size for path in next(filter(None, found), [])]
     if not sizes:
         return "not downloaded yet"
     return f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} file{'s' if len(sizes) > 1 else ''}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in MODEL_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / (name + INDEX_SUFFIX)).is_file():
-            return sorted({folder / file for file in model_keys(Repository(str(folder), folder)).values()})
-    return []
 
 
 def _file_keys(path: Path) -> list[str]:

@@ -77,7 +77,6 @@ def _groups(messages: Messages) -> tuple[tuple[Message, ...], ...]:
         if message["role"] not in ROLES:
             raise DataError(f"cannot ask a {message['role']!r} message, only {', '.join(ROLES)}")
         if message["role"] != "assistant":
-            _check_text(message["content"])
             waiting.append(message)
         elif waiting and waiting[-1]["role"] == "user":
             groups.append(tuple(waiting))
@@ -87,10 +86,3 @@ def _groups(messages: Messages) -> tuple[tuple[Message, ...], ...]:
     if not groups:
         raise DataError("no user message to answer")
     return tuple(groups)
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError("half a surrogate pair, which is not valid Unicode") from None

@@ -106,6 +106,10 @@ def _read_messages(value: Any, role_key: str, text_key: str, roles: Mapping[str,
             raise DataError(f"message {number} lacks a string {role_key} or {text_key}")
         if roles is not None and role not in roles:
             raise DataError(f"message {number} is from {role!r}, not one of {', '.join(roles)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"message {number} holds half a surrogate pair: not valid Unicode") from None
         messages.append({"role": roles[role] if roles else role, "content": text})
     return messages
 

@@ -52,7 +52,7 @@ def build_heads(
     token_map = None
     if config.draft_vocab is not None:
         token_map = frequent_tokens(examples, config.draft_vocab, backbone.vocab_size).to(backbone.device)
-    sizes = {
+    sizes: dict[str, Any] = {
         "num_heads": config.num_heads,
         "num_layers": config.num_layers,
         "hidden_size": backbone.hidden_size,

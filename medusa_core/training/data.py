@@ -93,13 +93,9 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
 def _rendered_rows(sources: Iterable[str | Path], chat: ChatTokenizer, bad: BadRows) -> Iterator[Rendered]:
     for row in (row for source in sources for row in read_rows(source)):
         try:
-            texts = render_turns(read_dialogue(row.content), chat)
-            for rendered in texts:
-                rendered.text.encode()
-        except (DataError, TokenizerError, UnicodeEncodeError) as error:
+            yield from render_turns(read_dialogue(row.content), chat)
+        except (DataError, TokenizerError) as error:
             bad.add(row.place, error)
-        else:
-            yield from texts
 
 
 def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int) -> Iterator[Example]:

@@ -172,7 +172,7 @@ BAD_ROWS = {
     ),
     "half a surrogate": (
         '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
-        "surrogates not allowed",
+        "half a surrogate pair",
     ),
 }
 
