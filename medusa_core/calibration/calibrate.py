@@ -63,7 +63,10 @@ def calibrate(
     taus = {GREEDY: everything.taus()}
     for temperature in settings.temperatures:
         progress(f"answering at temperature {temperature:g}")
-        taus[temperature] = _fit_taus(engine, _answers(engine, prompts, settings, temperature))
+        fitter = TauFitter(engine.heads.num_heads)
+        for observed in _observations(engine, _answers(engine, prompts, settings, temperature)):
+            fitter.add(observed)
+        taus[temperature] = fitter.taus()
     measured = HeadCalibration(
         accuracies=counter.accuracies(),
         counts=tuple(counter.counts_K.tolist()),
@@ -109,14 +112,6 @@ def _answers(
     if not answers:
         raise DataError("no prompt got an answer of two tokens or more: nothing to calibrate on")
     return answers
-
-
-def _fit_taus(engine: Engine, answers: Sequence[Answer]) -> tuple[float, ...]:
-    assert engine.heads is not None
-    fitter = TauFitter(engine.heads.num_heads)
-    for observed in _observations(engine, answers):
-        fitter.add(observed)
-    return fitter.taus()
 
 
 def _expected(

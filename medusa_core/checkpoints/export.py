@@ -54,14 +54,16 @@ def export_safetensors(conversion: Conversion, out: Path) -> HeadWeights:
     """Our own layouts: A, B or F as safetensors."""
     weights = conversion.weights
     if isinstance(weights, MedusaWeights):
-        weights = with_backbone_output(weights, conversion.lm_head_weight)
+        weights = with_backbone_output(weights, conversion.base and conversion.base.lm_head_weight)
     write_weights(weights, out, base_model=conversion.base_name, vocab_size=conversion.rows)
     return weights
 
 
 def export_tgi(conversion: Conversion, out: Path) -> HeadWeights:
     """Layout A (its "v1") or B ("v2", of one layer only). config.json must not have `architectures`."""
-    weights = with_backbone_output(conversion.medusa_weights("TGI"), conversion.lm_head_weight)
+    weights = with_backbone_output(
+        conversion.medusa_weights("TGI"), conversion.base and conversion.base.lm_head_weight
+    )
     source = conversion.file.source
     if weights.token_map is not None:
         raise CheckpointError(f"{source} has a token map, which TGI does not know")

@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,7 +44,12 @@ class EndpointOptions:
 
     def settings(self, url: str, retries: dict[str, Any]) -> EndpointSettings:
         """Raises `ConfigError`, also if the variable with the key is not set."""
-        key = _api_key(self.api_key_env)
+        variable = self.api_key_env
+        key = os.environ.get(variable, "").strip() if variable is not None else None
+        if key == "":
+            raise ConfigError(
+                f"the environment variable {variable}, which should hold the API key, is not set"
+            )
         return EndpointSettings(url=url, model=self.endpoint_model or "", api_key=key, **retries)
 
 
@@ -71,7 +75,11 @@ def distill(
         report = _ask_endpoint(endpoint.settings(url, retries), settings)
     else:
         report = _ask_engine(model, config, settings)
-    _show(report, settings.out)
+    say(
+        f"{report.total} seed dialogues: {report.finished} finished before, {report.written} written "
+        f"({report.shortened} without their tail), {report.dropped} dropped, {report.failed} failed; "
+        f"{report.bad} rows skipped. {report.answers} answers, {report.tokens} tokens: {settings.out}"
+    )
     if report.failed:
         raise DataError(f"{report.failed} dialogues failed: the same command tries them again")
 
@@ -124,14 +132,6 @@ def _run(
         return asyncio.run(go())
 
 
-def _show(report: "DistillReport", out: Path) -> None:
-    say(
-        f"{report.total} seed dialogues: {report.finished} finished before, {report.written} written "
-        f"({report.shortened} without their tail), {report.dropped} dropped, {report.failed} failed; "
-        f"{report.bad} rows skipped. {report.answers} answers, {report.tokens} tokens: {out}"
-    )
-
-
 def _refuse(context: typer.Context, unused: tuple[type, ...], has_endpoint: bool) -> None:
     """An option that would do nothing is a mistake; a MEDUSA_ variable may be meant for other commands."""
     for name in (spec.name for kind in unused for spec in fields(kind) if option_of(spec)):
@@ -139,12 +139,3 @@ def _refuse(context: typer.Context, unused: tuple[type, ...], has_endpoint: bool
         if source is not None and source.name == "COMMANDLINE":
             reason = "has no effect with --endpoint" if has_endpoint else "needs --endpoint"
             raise ConfigError(f"--{name.replace('_', '-')} {reason}")
-
-
-def _api_key(variable: str | None) -> str | None:
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise ConfigError(f"the environment variable {variable}, which should hold the API key, is not set")
-    return key

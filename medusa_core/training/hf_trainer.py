@@ -1,5 +1,7 @@
-"""transformers' Trainer with our settings, data order, learning rates and checkpoints."""
+"""transformers' Trainer with our settings, data order, learning rates, checkpoints and progress."""
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -11,6 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainerState, TrainingArgumen
 
 from medusa_core.errors import ConfigError
 from medusa_core.loading.devices import resolve_device
+from medusa_core.status_bar import StatusBar
 from medusa_core.training.batches import ExampleDataset
 from medusa_core.training.config import TrainConfig
 from medusa_core.training.joint import JointModule
@@ -18,6 +21,8 @@ from medusa_core.training.run_folder import CHECKPOINTS_FOLDER
 
 HEADS_PREFIX = "heads."
 POOL_BATCHES = 64
+
+logger = logging.getLogger(__name__)
 
 
 class HeadTrainingArguments(TrainingArguments):
@@ -160,3 +165,29 @@ class LengthGroupedSampler(Sampler[int]):
             full = len(pool) // size
             for batch in [*torch.randperm(full, generator=generator).tolist(), *range(full, len(batches))]:
                 yield from batches[batch]
+
+
+class ProgressReport(TrainerCallback):
+    """Shows steps, loss and time left; logs the loss every `logging_steps` where there is no terminal."""
+
+    def __init__(self, bar: StatusBar) -> None:
+        self._bar = bar
+        self._started = (0, 0.0)  # step and time
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._started = (state.global_step, time.monotonic())
+        self._bar.show(total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._bar.show(completed=state.global_step)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs") or {}
+        if "loss" not in logs or not state.is_world_process_zero:
+            return
+        step, since = self._started
+        rate = (state.global_step - step) / max(time.monotonic() - since, 1e-9)
+        status = f"loss {logs['loss']:.4f} · {rate:.2f} steps/s"
+        self._bar.show(status=status)
+        if self._bar.disable:
+            logger.info("step %d of %d · %s", state.global_step, state.max_steps, status)

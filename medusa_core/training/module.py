@@ -74,6 +74,10 @@ class HeadModule(nn.Module):
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, E] after the final norm, of right-padded or packed rows."""
+        return self.states(input_ids, position_ids)
+
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The same, in whatever grad and autocast mode the caller is."""
         hidden: Tensor = self.backbone.model.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state

@@ -28,12 +28,12 @@ from medusa_core.training.evaluation import evaluate_backbone, evaluate_heads
 from medusa_core.training.hf_trainer import (
     HeadsTrainer,
     HeadTrainingArguments,
+    ProgressReport,
     RampCallback,
     training_arguments,
 )
 from medusa_core.training.joint import JointModule
 from medusa_core.training.module import HeadModule
-from medusa_core.training.progress import ProgressReport
 from medusa_core.training.report import TrainReport, save_result
 from medusa_core.training.run_folder import (
     REPORT_FILE,

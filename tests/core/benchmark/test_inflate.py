@@ -243,6 +243,6 @@ def test_real_shape_has_a_billion_parameters_and_the_same_logits() -> None:
     own = random_llama(
         head_dim=64, hidden_size=256, vocab_size=4096, intermediate_size=704, initializer_range=0.05
     )
-    big = inflate_model(own)
+    big = inflate_model(own, InflatedShape())
     assert 1.1e9 <= sum(p.numel() for p in big.parameters()) <= 1.3e9
     check_prefill_and_cache(own, big)
