@@ -63,10 +63,7 @@ def calibrate(
     taus = {GREEDY: everything.taus()}
     for temperature in settings.temperatures:
         progress(f"answering at temperature {temperature:g}")
-        fitter = TauFitter(engine.heads.num_heads)
-        for observed in _observations(engine, _answers(engine, prompts, settings, temperature)):
-            fitter.add(observed)
-        taus[temperature] = fitter.taus()
+        taus[temperature] = _fit_taus(engine, _answers(engine, prompts, settings, temperature))
     measured = HeadCalibration(
         accuracies=counter.accuracies(),
         counts=tuple(counter.counts_K.tolist()),
@@ -112,6 +109,14 @@ def _answers(
     if not answers:
         raise DataError("no prompt got an answer of two tokens or more: nothing to calibrate on")
     return answers
+
+
+def _fit_taus(engine: Engine, answers: Sequence[Answer]) -> tuple[float, ...]:
+    assert engine.heads is not None
+    fitter = TauFitter(engine.heads.num_heads)
+    for observed in _observations(engine, answers):
+        fitter.add(observed)
+    return fitter.taus()
 
 
 def _expected(

@@ -34,6 +34,10 @@ class Conversion:
     base: Base | None
     base_name: str | None
 
+    @property
+    def lm_head_weight(self) -> Tensor | None:
+        return None if self.base is None else self.base.lm_head_weight
+
     def medusa_weights(self, target: str) -> MedusaWeights:
         """The weights; `CheckpointError` for Hydra heads, which only this project and its reference run."""
         if isinstance(self.weights, HydraWeights):

@@ -54,7 +54,7 @@ def export_safetensors(conversion: Conversion, out: Path) -> HeadWeights:
     """Our own layouts: A, B or F as safetensors."""
     weights = conversion.weights
     if isinstance(weights, MedusaWeights):
-        weights = with_backbone_output(weights, conversion.base and conversion.base.lm_head_weight)
+        weights = with_backbone_output(weights, conversion.lm_head_weight)
     write_weights(weights, out, base_model=conversion.base_name, vocab_size=conversion.rows)
     return weights
 
