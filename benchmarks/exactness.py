@@ -2,9 +2,9 @@
 
     python benchmarks/exactness.py --prompts held_out.jsonl --json exactness.json
 
-In float32 no answer may differ: prompts are answered greedily, at T = 0.8 with top-p 0.95, and at T = 1.0, with no
-speculation and with every shipped set of heads, trained and random, in dynamic, grown and random trees, with
-n-grams alone and with both sources in one tree. With `--dtype bfloat16` the same table tells how often
+In float32 no answer may differ: prompts are answered greedily, at T = 0.8 with top-p 0.95, and at 1.0,
+without speculation and with every shipped set of heads, trained or random, in dynamic, grown, random trees,
+with n-grams alone and with both sources in one tree. With `--dtype bfloat16` the same table tells how often
 rounding flips a near-tie, and how near it was. A JSON file keeps the tables of both.
 """
 

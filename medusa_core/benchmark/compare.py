@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from medusa_core.benchmark.runs import Run, Runner
-from medusa_core.engine.logits_processors import LogitsChain
+from medusa_core.draft.draft_tree import root_tree
+from medusa_core.engine.logits_processors import LogitsChain, NodePaths
 from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationMode, SpeculationParams
@@ -94,7 +95,9 @@ def decision_margin(backbone: Backbone, token_ids: Sequence[int], params: Sampli
     if not params.is_greedy:
         vocabulary = torch.arange(backbone.vocab_size, device=backbone.device)
         noise = gumbel_noise(params.known_seed, [len(token_ids)], vocabulary)
-        scores = LogitsChain.of(params).keep(logits) + params.temperature * noise
+        *history, root = token_ids
+        paths = NodePaths(history, root_tree(torch.tensor([root], device=backbone.device)), 0)
+        scores = LogitsChain.of(params).process(logits, paths) + params.temperature * noise
         if int(torch.isfinite(scores).sum()) < 2:  # one candidate left: the filter, not the draw, was the tie
             scores = logits
     best = scores[0].topk(2).values

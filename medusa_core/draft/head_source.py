@@ -85,19 +85,11 @@ class HeadSource:
         for row, (params, nodes) in enumerate(zip(batch.params, batch.nodes, strict=True)):
             groups.setdefault((params.speculation.tree, nodes, params.temperature), []).append(row)
         if len(groups) == 1:
-            [key] = groups
-            return self._draft(*key, batch.roots_B, hidden_BE, batch.noise_BPV)
+            [(key, rows)] = groups.items()
+            return self._draft(*key, batch, rows, hidden_BE, batch.roots_B)
         return stack_rows(
             [
-                (
-                    rows,
-                    self._draft(
-                        *key,
-                        batch.roots_B[rows],
-                        hidden_BE[rows],
-                        None if batch.noise_BPV is None else batch.noise_BPV[rows],
-                    ),
-                )
+                (rows, self._draft(*key, batch, rows, hidden_BE[rows], batch.roots_B[rows]))
                 for key, rows in groups.items()
             ]
         )
@@ -107,14 +99,18 @@ class HeadSource:
         tree: str,
         nodes: int,
         temperature: float,
-        roots_B: Tensor,
+        batch: DraftBatch,
+        rows: list[int],
         hidden_BE: Tensor,
-        noise_BPV: Tensor | None,
+        roots_B: Tensor,
     ) -> DraftTree:
         if nodes <= 1 and self.trees.is_adaptive(tree):
             return root_tree(roots_B)
         taus = self.calibration.taus(temperature, self.heads.num_heads)
         drafter = self.trees.drafter(tree, nodes)
+        noise_BPV = batch.draft_noise(drafter.max_depth) if temperature > 0.0 else None
+        if noise_BPV is not None and len(rows) < len(batch.slots):
+            noise_BPV = noise_BPV[rows]
         return drafter.draft(hidden_BE, roots_B, taus, temperature, noise_BPV)
 
     def _read(self, slots: Sequence[int]) -> Tensor:

@@ -53,9 +53,8 @@ class DraftBatch(Protocol):
     @property
     def roots_B(self) -> Tensor: ...
 
-    @property
-    def noise_BPV(self) -> Tensor | None:
-        """The noise that the target will draw with, a row per depth; None if all rows are greedy."""
+    def draft_noise(self, depth: int) -> Tensor | None:
+        """The noise the target will draw with at depths up to `depth` [B, P, V]; None if all are greedy."""
 
     def with_nodes(self, nodes: tuple[int, ...]) -> "DraftBatch":
         """The same with other budgets."""

@@ -22,7 +22,7 @@ TREE_SIZES = (2, 4, 8, 12, 16, 24, 32, 48, 64)  # measured at start, root includ
 WINDOW_STEPS = 96
 RETRY_STEPS = 1000  # steps at a size before the next larger one gets a trial; doubles with each that fails
 MAX_RETRY_STEPS = 64_000
-NGRAM_NODES = 16  # at least, where n-grams draft
+NGRAM_NODES = 16  # where nobody says how many
 BANDS = 4  # of temperatures: 0, up to 0.5, up to 1, up to 1.5, and all above
 
 
@@ -33,8 +33,9 @@ class AdaptiveTreeSizes:
     served without speculation, greedy answers still gain from it.
     """
 
-    def __init__(self, nodes: int) -> None:
-        self._nodes = nodes
+    def __init__(self, head_nodes: int, ngram_nodes: int) -> None:
+        """`ngram_nodes`: where n-grams draft, alone or beside heads."""
+        self._head_nodes, self._ngram_nodes = head_nodes, ngram_nodes
         self._by_kind: dict[tuple[str, str, str, int], AdaptiveTreeSize] = {}
 
     def of(self, params: SamplingParams) -> "AdaptiveTreeSize":
@@ -43,9 +44,8 @@ class AdaptiveTreeSizes:
         band = min(BANDS, math.ceil(2 * params.temperature))
         kind = (speculation.mode.value, speculation.source.value, speculation.tree, band)
         if kind not in self._by_kind:
-            # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
-            with_heads = speculation.source is DraftSourceName.HEADS
-            nodes = self._nodes if with_heads else max(self._nodes, NGRAM_NODES)
+            with_ngrams = speculation.source is not DraftSourceName.HEADS
+            nodes = self._ngram_nodes if with_ngrams else self._head_nodes
             traffic = ", ".join((*kind[:2], f"{kind[2]} tree", _band(band)))
             self._by_kind[kind] = AdaptiveTreeSize(nodes, traffic)
         return self._by_kind[kind]

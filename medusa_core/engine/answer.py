@@ -82,7 +82,7 @@ class AnswerStats:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """A whole answer. `token_ids` are those behind `text`; `seed` repeats it."""
+    """A whole answer. `token_ids`: what `text` is made of, a stop string included; `seed` repeats it."""
 
     text: str
     token_ids: tuple[int, ...]
@@ -158,7 +158,8 @@ class AnswerStream(Iterator[str]):
     def __next__(self) -> str:
         while not self._builder.is_done:
             output = next(self._steps, None)
-            assert output is not None, "an engine's steps end with a finish reason"
+            if output is None:  # closed early
+                break
             text = self._builder.push(output)
             if self._builder.is_done:
                 self._steps.close()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medusa_core.engine.logits_processors import LogitsChain
-from medusa_core.engine.sampling import noise_key, noise_of_keys
+from medusa_core.engine.sampling import Noise, noise_key
 from medusa_core.engine.sequence import Sequence
 from medusa_core.sampling_params import SamplingParams
 
@@ -22,8 +22,8 @@ from medusa_core.sampling_params import SamplingParams
 class Batch:
     """Rows of a step. `histories`: each row's tokens, the root last; `nodes`: the budget of its tree.
 
-    `slots_B`, `lengths_B` (committed tokens n) and `roots_B` are on the device, as is the `noise_BPV` that
-    the next tokens are drawn with, from position n + 1 on; None if all rows are greedy.
+    `slots_B`, `lengths_B` (committed tokens n) and `roots_B` are on the device. `noise`: what the tokens from
+    position n + 1 on are drawn with; None if all rows are greedy.
     """
 
     slots: tuple[int, ...]
@@ -34,7 +34,11 @@ class Batch:
     slots_B: Tensor
     lengths_B: Tensor
     roots_B: Tensor
-    noise_BPV: Tensor | None
+    noise: Noise | None
+
+    def draft_noise(self, depth: int) -> Tensor | None:
+        """The noise that drafts of that depth are judged with, and one position more: [B, depth + 1, V]."""
+        return None if self.noise is None else self.noise.first(depth + 1)
 
     def with_nodes(self, nodes: tuple[int, ...]) -> "Batch":
         """The same with other budgets."""
@@ -67,7 +71,7 @@ def make_batch(
         slots_B=packed[:, 0],
         lengths_B=packed[:, 1],
         roots_B=packed[:, 2],
-        noise_BPV=noise_of_keys(packed[:, 3:], vocabulary_V) if sampled else None,
+        noise=Noise(packed[:, 3:], vocabulary_V) if sampled else None,
     )
 
 

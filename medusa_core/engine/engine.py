@@ -25,7 +25,13 @@ from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed
 from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
-from medusa_core.draft.tree_size import expected_speedup, fastest_size, scratch_rows
+from medusa_core.draft.tree_size import (
+    NGRAM_NODES,
+    AdaptiveTreeSizes,
+    expected_speedup,
+    fastest_size,
+    scratch_rows,
+)
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch
 from medusa_core.engine.emit import decode_stats, emit
@@ -74,7 +80,10 @@ class Engine:
         timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source)
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
-        self._planner = StepPlanner(self._sources, self.tree_nodes, self.context_length)
+        # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
+        ngram_nodes = config.tree_nodes or max(self.tree_nodes, NGRAM_NODES)
+        sizes = AdaptiveTreeSizes(self.tree_nodes, ngram_nodes)
+        self._planner = StepPlanner(self._sources, sizes, self.context_length)
 
     @classmethod
     def from_pretrained(
@@ -306,13 +315,16 @@ class Engine:
         return emit(sequence, [root], [Origin.MODEL], stats)
 
     def _decode(self, sequence: Sequence) -> StepOutput:
+        timer = phase_timer(self.backbone.device)
+        timer.mark()
+        context = sequence.num_cached
+        assert context == self._cache.lengths[sequence.slot]
         plan = self._planner.plan(sequence)
         batch = make_batch([sequence], [plan.nodes], plan.depth, self._vocabulary_V)
-        result = decode_step(self._runner, batch, plan.source, phase_timer(self.backbone.device))
-        context = sequence.num_cached
+        result = decode_step(self._runner, batch, plan.source, timer)
         [row] = result.rows
         self._commit(sequence, row, result.hidden_BTE[0])
-        mode = self._planner.mode_of(sequence.params) if plan.source else SpeculationMode.OFF
+        mode = self._planner.mode_of(sequence.params) if result.tree_nodes > 1 else SpeculationMode.OFF
         stats = decode_stats(result, row, mode)
         per_token = self.step_times.baseline_seconds(context)
         output = emit(sequence, row.token_ids, row.origins, stats, per_token)

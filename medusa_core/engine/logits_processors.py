@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -50,11 +50,12 @@ class LogitsProcessor(Protocol):
         """New rows, or the same; tokens that cannot be drawn are -inf."""
 
 
-class LogitsFilter(Protocol):
-    """Excludes unlikely tokens, never the likeliest, and tells cheaply of one token whether it stays."""
+@runtime_checkable
+class LogitsFilter(LogitsProcessor, Protocol):
+    """Looks at logits alone: excludes unlikely tokens, never the likeliest one.
 
-    def keep(self, logits_NV: Tensor) -> Tensor:
-        """The rows with -inf for excluded tokens."""
+    Tells cheaply of a token whether it stays.
+    """
 
     def surely_keeps(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
         """[N]: False also where it is too close to tell."""
@@ -66,7 +67,7 @@ class TopK:
 
     k: int
 
-    def keep(self, logits_NV: Tensor) -> Tensor:
+    def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
         if self.k >= logits_NV.shape[-1]:
             return logits_NV
         kth = logits_NV.topk(self.k, dim=-1).values[..., -1:]
@@ -84,7 +85,7 @@ class TopP:
     p: float
     temperature: float
 
-    def keep(self, logits_NV: Tensor) -> Tensor:
+    def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
         scaled = logits_NV / self.temperature
         log_total = scaled.logsumexp(dim=-1, keepdim=True)
         vocab = scaled.shape[-1]
@@ -113,7 +114,7 @@ class MinP:
     p: float
     temperature: float
 
-    def keep(self, logits_NV: Tensor) -> Tensor:
+    def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
         scaled = logits_NV / self.temperature
         floor = scaled.amax(dim=-1, keepdim=True) + math.log(self.p)
         return logits_NV.masked_fill(scaled < floor, -torch.inf)
@@ -124,31 +125,34 @@ class MinP:
         return own > scaled.amax(dim=-1) + math.log(self.p) + ROUNDING
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class LogitsChain:
-    """A request's processors, then its filters, in their order."""
+    """A request's processors in their order: filters come last."""
 
     temperature: float
     processors: tuple[LogitsProcessor, ...] = ()
-    filters: tuple[LogitsFilter, ...] = ()
 
     @classmethod
     def of(cls, params: SamplingParams) -> "LogitsChain":
         """Filters do not change which token is the likeliest, so greedy requests have none."""
         if params.is_greedy:
             return cls(0.0)
-        filters: list[LogitsFilter] = []
+        filters: list[LogitsProcessor] = []
         if params.top_k > 0:
             filters.append(TopK(params.top_k))
         if params.top_p < 1.0:
             filters.append(TopP(params.top_p, params.temperature))
         if params.min_p > 0.0:
             filters.append(MinP(params.min_p, params.temperature))
-        return cls(params.temperature, (), tuple(filters))
+        return cls(params.temperature, tuple(filters))
+
+    @cached_property
+    def filters(self) -> tuple[LogitsFilter, ...]:
+        return tuple(processor for processor in self.processors if isinstance(processor, LogitsFilter))
 
     def process(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
         """Float32 logits with excluded tokens at -inf."""
-        return self.keep(self._change(logits_NV, paths))
+        return _apply(self.processors, logits_NV.float(), paths)
 
     def decide(self, logits_NV: Tensor, paths: NodePaths, noise_NV: Tensor | None) -> Tensor:
         """The token [N] each row decides: a draw from `process`, mostly without filtering.
@@ -158,29 +162,18 @@ class LogitsChain:
         sorting 16 rows to find their nuclei takes longer than everything else here. Elsewhere the host would
         have to wait for which rows these are, and all are filtered.
         """
-        logits = self._change(logits_NV, paths)
-        if self.filters and noise_NV is not None and logits.device.type != "cpu":
-            return draw_tokens(self.keep(logits), self.temperature, noise_NV)
+        if self.filters and noise_NV is not None and logits_NV.device.type != "cpu":
+            return draw_tokens(self.process(logits_NV, paths), self.temperature, noise_NV)
+        others = self.processors[: len(self.processors) - len(self.filters)]
+        logits = _apply(others, logits_NV.float(), paths)
         winners = draw_tokens(logits, self.temperature, noise_NV)
         if not self.filters or noise_NV is None:
             return winners
         doubtful = (~self._surely_keep(logits, winners)).nonzero()[:, 0]
         if len(doubtful):
-            kept = self.keep(logits[doubtful])
+            kept = _apply(self.filters, logits[doubtful], paths)
             winners[doubtful] = draw_tokens(kept, self.temperature, noise_NV[doubtful])
         return winners
-
-    def _change(self, logits_NV: Tensor, paths: NodePaths) -> Tensor:
-        logits = logits_NV.float()
-        for processor in self.processors:
-            logits = processor.process(logits, paths)
-        return logits
-
-    def keep(self, logits_NV: Tensor) -> Tensor:
-        """The filters' part of `process`."""
-        for logits_filter in self.filters:
-            logits_NV = logits_filter.keep(logits_NV)
-        return logits_NV
 
     def _surely_keep(self, logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
         """Each filter asked alone: they agree with the chain unless one renormalizes what another left."""
@@ -190,3 +183,9 @@ class LogitsChain:
                 return torch.zeros_like(kept)
             kept &= logits_filter.surely_keeps(logits_NV, tokens_N)
         return kept
+
+
+def _apply(processors: Sequence[LogitsProcessor], logits_NV: Tensor, paths: NodePaths) -> Tensor:
+    for processor in processors:
+        logits_NV = processor.process(logits_NV, paths)
+    return logits_NV

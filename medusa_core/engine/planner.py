@@ -29,10 +29,12 @@ class StepPlanner:
     """Knows the sources and how large trees pay for each kind of request."""
 
     def __init__(
-        self, sources: Mapping[DraftSourceName, DraftSource], tree_nodes: int, context_length: int
+        self,
+        sources: Mapping[DraftSourceName, DraftSource],
+        sizes: AdaptiveTreeSizes,
+        context_length: int,
     ) -> None:
-        self._sources, self._context_length = sources, context_length
-        self._sizes = AdaptiveTreeSizes(tree_nodes)
+        self._sources, self._sizes, self._context_length = sources, sizes, context_length
 
     def source_of(self, params: SamplingParams) -> DraftSource | None:
         """What drafts for a request, and so has to be told of its tokens; None if nothing does."""

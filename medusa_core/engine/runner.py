@@ -71,8 +71,10 @@ def _judge(batch: Batch, row: int, tree: DraftTree, logits_TV: Tensor) -> tuple[
     paths = NodePaths(batch.histories[row][:-1], tree, row)
     tokens_1T, parents_1T = tree.tokens_BT[row : row + 1], tree.parents_BT[row : row + 1]
     noise_TV = None
-    if batch.noise_BPV is not None and not params.is_greedy:
-        noise_TV = batch.noise_BPV[row, tree.depths_BT[row]]
+    if not params.is_greedy:
+        noise_BPV = batch.draft_noise(tree.max_depth)
+        assert noise_BPV is not None
+        noise_TV = noise_BPV[row, tree.depths_BT[row]]
     if params.speculation.mode is SpeculationMode.TYPICAL and not params.is_greedy:
         processed = chain.process(logits_TV, paths)
         targets_T = draw_tokens(processed, params.temperature, noise_TV)

@@ -56,6 +56,23 @@ def noise_of_keys(keys: Tensor, token_ids_V: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
+class Noise:
+    """The noise of some positions in a row, drawn when it is asked for. `keys_BP`: of `noise_key`."""
+
+    def __init__(self, keys_BP: Tensor, vocabulary_V: Tensor) -> None:
+        self._keys_BP, self._vocabulary_V = keys_BP, vocabulary_V
+        self._rows_BPV: Tensor | None = None
+
+    def first(self, count: int) -> Tensor:
+        """Of the first `count` positions [B, count, V]; what is drawn once is kept."""
+        known = 0 if self._rows_BPV is None else self._rows_BPV.shape[1]
+        if count > known:
+            more = noise_of_keys(self._keys_BP[:, known:count], self._vocabulary_V)
+            self._rows_BPV = more if self._rows_BPV is None else torch.cat([self._rows_BPV, more], dim=1)
+        assert self._rows_BPV is not None
+        return self._rows_BPV[:, :count]
+
+
 def draw_tokens(processed_NV: Tensor, temperature: float, noise_NV: Tensor | None) -> Tensor:
     """The token [N] each row decides: plain argmax at temperature 0, else with the position's noise."""
     if temperature == 0.0 or noise_NV is None:

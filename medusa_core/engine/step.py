@@ -56,9 +56,9 @@ class StepResult:
 def decode_step(runner: Runner, batch: Batch, source: DraftSource | None, timer: PhaseTimer) -> StepResult:
     """One step of every row. No `source` is ordinary decoding: a tree of one node, nothing drafted.
 
-    The rows that `runner` moved are committed for good when the caller advances the cache by their paths.
+    The caller has marked the step's begin, and advances the cache by the rows' paths: that makes the keys and
+    values final which `runner` has moved.
     """
-    timer.mark()
     tree = source.propose(batch) if source else root_tree(batch.roots_B)
     timer.mark()
     output = runner.verify(batch, tree)

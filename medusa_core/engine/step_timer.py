@@ -57,8 +57,10 @@ class StepTimer:
             source, depth = None, 0
             if self._source is not None and nodes > 1:
                 source, depth = self._source, self._prepare(slot, nodes, context)
+            timer = phase_timer(self._backbone.device)
+            timer.mark()
             batch = make_batch([sequence], [nodes], depth, self._vocabulary_V)
-            return decode_step(self._runner, batch, source, phase_timer(self._backbone.device)).seconds
+            return decode_step(self._runner, batch, source, timer).seconds
         finally:
             self._cache.release(slot)
 

@@ -44,8 +44,9 @@ class Stepper:
     def step(self, sequences: SequenceOf[Sequence], nodes: SequenceOf[int]) -> StepResult:
         """One step of all; what is decided is booked as the engine does."""
         source = self.source if any(n != 1 for n in nodes) else None
-        batch = self._batch(sequences, nodes)
-        result = decode_step(self.runner, batch, source, phase_timer(self.backbone.device))
+        timer = phase_timer(self.backbone.device)
+        timer.mark()
+        result = decode_step(self.runner, self._batch(sequences, nodes), source, timer)
         for row, sequence in enumerate(sequences):
             self._book(sequence, result.rows[row], result.hidden_BTE[row])
         return result

@@ -185,6 +185,17 @@ def demo_engine() -> Engine:
     return Engine.from_pretrained(config=EngineConfig(dtype="float32", measure=False))
 
 
+@pytest.mark.parametrize(("tree_nodes", "most"), [(None, 16), (1, 1), (4, 4)])
+def test_the_setting_of_nodes_holds_for_n_grams_too(
+    build_engine: BuildEngine, tree_nodes: int | None, most: int
+) -> None:
+    engine = build_engine(None, tree_nodes=tree_nodes)
+    params = SamplingParams(temperature=0.0, max_tokens=150, speculation=speculate(source="ngram"))
+    prompt = [7, 8, 9] * 40
+    sizes = {o.stats.tree_nodes for o in engine.steps(prompt, params) if o.stats and not o.stats.is_prefill}
+    assert max(sizes) <= most
+
+
 def check_refused(engine: Engine, error: type[Exception], message: str, **speculation: str) -> None:
     with pytest.raises(error, match=message):
         add(engine, "a", [5, 6], SamplingParams(speculation=speculate(**speculation)))

@@ -6,7 +6,6 @@ from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.tree import expected_acceptance_length, grow_tree
 from medusa_core.draft.tree_size import (
     MAX_RETRY_STEPS,
-    NGRAM_NODES,
     RETRY_STEPS,
     WINDOW_STEPS,
     AdaptiveTreeSize,
@@ -121,7 +120,7 @@ def test_one_node_is_no_speculation_for_good() -> None:
 
 
 def test_traffic_that_does_not_pay_leaves_other_traffic_alone(caplog: pytest.LogCaptureFixture) -> None:
-    sizes_by_kind = AdaptiveTreeSizes(16)
+    sizes_by_kind = AdaptiveTreeSizes(16, 16)
     hot, greedy = SamplingParams(temperature=1.9), SamplingParams(temperature=0.0)
     observe(sizes_by_kind.of(hot), 4 * WINDOW_STEPS, speedup=0.8)
     assert sizes_by_kind.of(hot).nodes == 1
@@ -130,7 +129,7 @@ def test_traffic_that_does_not_pay_leaves_other_traffic_alone(caplog: pytest.Log
 
 
 def test_requests_are_told_apart_by_what_decides_acceptance() -> None:
-    sizes_by_kind = AdaptiveTreeSizes(16)
+    sizes_by_kind = AdaptiveTreeSizes(16, 16)
     typical = SpeculationParams(mode=SpeculationMode.TYPICAL)
     static = SpeculationParams(tree="static")
     kinds = [SamplingParams(temperature=t) for t in (0.0, 0.3, 0.8, 1.2, 2.0)]
@@ -144,13 +143,11 @@ def test_requests_are_told_apart_by_what_decides_acceptance() -> None:
     )
 
 
-def test_n_grams_get_nodes_where_heads_do_not_pay_or_are_missing() -> None:
-    sizes = AdaptiveTreeSizes(1)
+def test_n_grams_have_nodes_of_their_own() -> None:
+    sizes = AdaptiveTreeSizes(1, 8)
     assert sizes.of(SamplingParams()).nodes == 1
     for source in ("ngram", "both"):
-        assert sizes.of(SamplingParams(speculation=SpeculationParams(source=source))).nodes == NGRAM_NODES
-    large = AdaptiveTreeSizes(64)
-    assert large.of(SamplingParams(speculation=SpeculationParams(source="both"))).nodes == 64
+        assert sizes.of(SamplingParams(speculation=SpeculationParams(source=source))).nodes == 8
 
 
 ACCURACIES = ((0.6, 0.2, 0.1), (0.5, 0.2), (0.4, 0.2))

@@ -60,6 +60,7 @@ def test_a_closed_stream_frees_its_slot(engine: Engine) -> None:
         next(stream)
         assert engine.num_free_slots == 1
     assert (engine.num_free_slots, engine.has_work) == (2, False)
+    assert next(stream, None) is None
 
 
 def test_a_list_of_prompts(engine: Engine, tiny_prompts: list[list[int]]) -> None:

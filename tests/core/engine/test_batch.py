@@ -94,9 +94,11 @@ def test_a_batch_holds_each_rows_own() -> None:
     assert batch.slots_B.tolist() == [4, 2]
     assert batch.lengths_B.tolist() == [2, 1]
     assert batch.roots_B.tolist() == [7, 9]
-    assert batch.noise_BPV is not None
-    assert batch.noise_BPV.shape == (2, 4, 50)
-    # The root stands at position 2; what comes next at 3.
-    assert torch.equal(batch.noise_BPV[0], gumbel_noise(9, range(3, 7), vocabulary))
-    assert make_batch(rows[1:], [1], 3, vocabulary).noise_BPV is None
+    # The root stands at position 2; what comes next at 3. Drawn as far as it is asked for.
+    for depth in (1, 3, 0):
+        noise = batch.draft_noise(depth)
+        assert noise is not None
+        assert noise.shape == (2, depth + 1, 50)
+        assert torch.equal(noise[0], gumbel_noise(9, range(3, 4 + depth), vocabulary))
+    assert make_batch(rows[1:], [1], 3, vocabulary).draft_noise(3) is None
     assert batch.with_nodes((2, 3)).nodes == (2, 3)

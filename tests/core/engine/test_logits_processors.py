@@ -54,7 +54,7 @@ def test_a_path_dependent_processor_is_exact_under_speculation(
         for nodes in (1, 16):
             stepper = Stepper(tiny_backbone, tiny_backbone.new_cache(1, 200), source)
             sequence = stepper.start(prompt, params)
-            sequence.chain = replace(sequence.chain, processors=(processor,))
+            sequence.chain = replace(sequence.chain, processors=(processor, *sequence.chain.processors))
             while len(sequence.token_ids) < len(prompt) + 30:
                 result = stepper.step([sequence], [nodes])
                 accepted += result.rows[0].accepted

@@ -31,7 +31,7 @@ SAMPLING = (
 
 @pytest.fixture(scope="module")
 def meta_backbone(tiny_backbone: Backbone) -> Backbone:
-    """The tiny backbone without its values; what it learned of the model when it was made it knows already."""
+    """The tiny backbone without its values; what it found out about the model it knows already."""
     backbone = copy.copy(tiny_backbone)
     backbone.model = copy.deepcopy(tiny_backbone.model).to(META)
     backbone.device = META
