@@ -2,11 +2,10 @@
 
 from dataclasses import dataclass
 
+from medusa_core.config import SAMPLING_PANEL
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import check_limits, option
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
-
-SAMPLING_PANEL = "Sampling"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -61,9 +61,7 @@ def export_safetensors(conversion: Conversion, out: Path) -> HeadWeights:
 
 def export_tgi(conversion: Conversion, out: Path) -> HeadWeights:
     """Layout A (its "v1") or B ("v2", of one layer only). config.json must not have `architectures`."""
-    weights = with_backbone_output(
-        conversion.medusa_weights("TGI"), conversion.base and conversion.base.lm_head_weight
-    )
+    weights = with_backbone_output(conversion.medusa_weights("TGI"), conversion.lm_head_weight)
     source = conversion.file.source
     if weights.token_map is not None:
         raise CheckpointError(f"{source} has a token map, which TGI does not know")

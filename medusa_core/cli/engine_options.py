@@ -4,14 +4,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from medusa_core.cli.options import dataclass_options
-from medusa_core.config import EMBEDDED_MODEL, MODEL_PANEL, EngineConfig
+from medusa_core.config import EMBEDDED_MODEL, MODEL_PANEL, SAMPLING_PANEL, EngineConfig
 from medusa_core.option_field import option
 from medusa_core.sampling_params import SamplingParams, check_served
 
 if TYPE_CHECKING:
     from medusa_core.engine.engine import Engine
 
-SAMPLING_PANEL = "Sampling"
 # Options of an engine that does not speculate, or whose trees are what is being measured.
 PlainEngine = Annotated[EngineConfig, dataclass_options(EngineConfig, MODEL_PANEL)]
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_core.config import SAMPLING_PANEL
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import check_limits, option
 from medusa_core.sampling_params import MAX_SEED, MAX_TEMPERATURE
@@ -36,7 +37,7 @@ class DistillSettings:
         "0 is greedy; the Medusa paper's is 0.3.", default=PAPER_TEMPERATURE, least=0, most=MAX_TEMPERATURE
     )
     top_p: float | None = option(
-        "Nucleus sampling; 1 is off.", "Sampling", default=None, shown="the model's", above=0, most=1
+        "Nucleus sampling; 1 is off.", SAMPLING_PANEL, default=None, shown="the model's", above=0, most=1
     )
     seed: int = option("Repeats sampled answers.", default=0, least=0)
     strict: bool = option("A row that cannot be used ends the run.", default=False)

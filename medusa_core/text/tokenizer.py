@@ -23,16 +23,7 @@ from medusa_core.text.sentencepiece import convert_sentencepiece
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights: enough to tokenize for a model that runs elsewhere.
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "config.json",
-    "generation_config.json",
-    "*.jinja",
-]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*config.json", "*.jinja"]
 # A template is the model author's code run on a user's messages: these are its ways to fail on bad ones.
 TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
