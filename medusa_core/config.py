@@ -14,11 +14,8 @@ TYPICAL_DELTA = 0.3  # its `posterior_alpha`, about sqrt(epsilon)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_CONTEXT_LIMIT = 4096
 PREFILL_CHUNK = 512
-MODEL_PANEL, SAMPLING_PANEL, SPECULATION_PANEL = (
-    "Model",
-    "Sampling",
-    "Speculation",
-)  # of the command line's help
+# Headings of the command line's help.
+MODEL_PANEL, SAMPLING_PANEL, SPECULATION_PANEL = "Model", "Sampling", "Speculation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
