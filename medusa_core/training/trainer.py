@@ -131,7 +131,7 @@ def _run(
         logger.info("memory: about %.1f GiB at the peak", peak_bytes(config, backbone, heads) / 2**30)
     before = _backbone_loss(model, task.held_out, config) if is_first else None
     collator = Collator()
-    bar = StatusBar(task.console if is_first else Console(quiet=True), "training heads")
+    bar = StatusBar(task.console if is_first else Console(quiet=True, force_terminal=False), "training heads")
     trainer = _build_trainer(config, task, arguments, model, collator)
     trainer.add_callback(ProgressReport(bar))
     started = time.monotonic()
