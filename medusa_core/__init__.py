@@ -38,58 +38,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_MODULES = {
-    "config": ("EngineConfig",),
-    "engine.answer": ("Answer", "AnswerStats", "AnswerStream"),
-    "engine.engine": ("Engine",),
-    "engine.outputs": ("FinishReason", "StepOutput", "StepStats"),
-    "errors": (
-        "CapacityError",
-        "CheckpointError",
-        "ConfigError",
-        "DataError",
-        "MedusaError",
-        "RequestError",
-        "TokenizerError",
-        "TreeError",
-    ),
-    "model_info": ("ModelInfo",),
-    "request": ("Request",),
-    "sampling_params": ("DraftSourceName", "SamplingParams", "SpeculationMode", "SpeculationParams"),
-}
-_MODULE_OF = {name: f"medusa_core.{module}" for module, names in _MODULES.items() for name in names}
+__all__ = ["Engine", "EngineConfig", "ModelInfo", "Request", "__version__"]
+__all__ += ["DraftSourceName", "SamplingParams", "SpeculationMode", "SpeculationParams"]
+__all__ += ["Answer", "AnswerStats", "AnswerStream", "FinishReason", "StepOutput", "StepStats"]
+__all__ += ["CapacityError", "CheckpointError", "ConfigError", "DataError", "MedusaError"]
+__all__ += ["RequestError", "TokenizerError", "TreeError"]
 
-__all__ = [
-    "Answer",
-    "AnswerStats",
-    "AnswerStream",
-    "CapacityError",
-    "CheckpointError",
-    "ConfigError",
-    "DataError",
-    "DraftSourceName",
-    "Engine",
-    "EngineConfig",
-    "FinishReason",
-    "MedusaError",
-    "ModelInfo",
-    "Request",
-    "RequestError",
-    "SamplingParams",
-    "SpeculationMode",
-    "SpeculationParams",
-    "StepOutput",
-    "StepStats",
-    "TokenizerError",
-    "TreeError",
-    "__version__",
-]
+# Searched in this order, so that a name from one without torch loads none.
+_MODULES = (
+    *("errors", "config", "sampling_params", "request", "model_info"),
+    *("engine.outputs", "engine.answer", "engine.engine"),
+)
 
 
 def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_MODULE_OF[name]), name)
+    modules = (vars(import_module(f"{__name__}.{module}")) for module in _MODULES)
+    return next(names[name] for names in modules if name in names)
 
 
 def __dir__() -> list[str]:

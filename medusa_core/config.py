@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from medusa_core.errors import ConfigError
+from medusa_core.option_field import check_limits, option
 
 EMBEDDED_MODEL = Path(__file__).parent / "assets" / "demo"
 
@@ -13,6 +14,8 @@ TYPICAL_DELTA = 0.3  # its `posterior_alpha`, about sqrt(epsilon)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_CONTEXT_LIMIT = 4096
 PREFILL_CHUNK = 512
+# Headings of the command line's help.
+MODEL_PANEL, SAMPLING_PANEL, SPECULATION_PANEL = "Model", "Sampling", "Speculation"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,14 +30,43 @@ class EngineConfig:
     means, instead of one grown from the heads' accuracies.
     """
 
-    dtype: str = "auto"
-    device: str = "auto"
-    max_length: int | None = None
+    dtype: str = option(
+        "auto, float32, bfloat16 or float16.", MODEL_PANEL, default="auto", env="MEDUSA_DTYPE"
+    )
+    device: str = option("auto, cpu, cuda or cuda:N.", MODEL_PANEL, default="auto", env="MEDUSA_DEVICE")
+    max_length: int | None = option(
+        "Tokens of conversation and answer together.",
+        MODEL_PANEL,
+        default=None,
+        env="MEDUSA_MAX_LENGTH",
+        shown=f"the model's context, at most {DEFAULT_CONTEXT_LIMIT}",
+        least=2,
+    )
+    chat_template: str | None = option(
+        "Built-in chat template (vicuna) or a Jinja file.",
+        MODEL_PANEL,
+        default=None,
+        env="MEDUSA_CHAT_TEMPLATE",
+        shown="the model's own",
+    )
+    tree_nodes: int | None = option(
+        "Tree nodes verified per step, root included.",
+        SPECULATION_PANEL,
+        default=None,
+        env="MEDUSA_TREE_NODES",
+        shown="what is fastest here",
+        least=1,
+        most=256,
+    )
+    static_tree: str | None = option(
+        "What tree 'static' is: a published name or a JSON file.",
+        SPECULATION_PANEL,
+        default=None,
+        env="MEDUSA_STATIC_TREE",
+        shown="grown for the heads",
+    )
     slots: int = 1
-    tree_nodes: int | None = None
-    static_tree: str | None = None
     prefill_chunk: int = PREFILL_CHUNK
-    chat_template: str | None = None
     measure: bool = True  # time steps at start; without it nothing adapts and no speedup is estimated
     memory_check: bool = True  # refuse to load what does not fit the device's free memory
 
@@ -45,10 +77,7 @@ class EngineConfig:
             value = getattr(self, name)
             if not low <= value <= high:
                 raise ConfigError(f"{name} must be between {low} and {high}, not {value}")
-        if self.max_length is not None and self.max_length < 2:
-            raise ConfigError(f"max_length must be at least 2, not {self.max_length}")
-        if self.tree_nodes is not None and not 1 <= self.tree_nodes <= 256:
-            raise ConfigError(f"tree_nodes must be between 1 and 256, not {self.tree_nodes}")
+        check_limits(self)
 
 
 def resolve_context_length(max_length: int | None, max_positions: int) -> int:

@@ -10,29 +10,13 @@ _KEY = "option"  # of a field's metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a number must be: `least` <= number <= `most`, `above` < number < `below`."""
-
-    least: float = -math.inf
-    most: float = math.inf
-    above: float = -math.inf
-    below: float = math.inf
-
-    def allow(self, number: float) -> bool:
-        return self.least <= number <= self.most and self.above < number < self.below
-
-    def __str__(self) -> str:
-        texts = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
-        return " and ".join(f"{text} {value:g}" for text, value in texts.items() if math.isfinite(value))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Option:
     """What a command line needs to know of a setting beside its name, type and default.
 
     `panel`: heading in the help. `env`: environment variable. `shown`: what the help says instead of the
     default; False shows none. `flag`: instead of --field-name. `path`: what an existing path must be.
-    `metavar`: word for the value instead of the type's.
+    `metavar`: word for the value instead of the type's. Of a number: `least` <= number <= `most`, `above` <
+    number < `below`.
     """
 
     help: str
@@ -42,25 +26,23 @@ class Option:
     flag: str | None = None
     path: Literal["file", "folder"] | None = None
     metavar: str | None = None
-    limits: Limits = Limits()
+    least: float = -math.inf
+    most: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+
+    def allows(self, number: float) -> bool:
+        return self.least <= number <= self.most and self.above < number < self.below
+
+    @property
+    def limits(self) -> str:
+        texts = {"at least": self.least, "at most": self.most, "above": self.above, "below": self.below}
+        return " and ".join(f"{text} {value:g}" for text, value in texts.items() if math.isfinite(value))
 
 
-def option(
-    text: str,
-    panel: str | None = None,
-    *,
-    default: Any = MISSING,
-    env: str | None = None,
-    shown: str | bool = True,
-    flag: str | None = None,
-    path: Literal["file", "folder"] | None = None,
-    **limits: float,
-) -> Any:
-    """A dataclass field that is an option too; `limits` are members of `Limits`."""
-    described = Option(
-        help=text, panel=panel, env=env, shown=shown, flag=flag, path=path, limits=Limits(**limits)
-    )
-    return field(default=default, metadata={_KEY: described})
+def option(text: str, panel: str | None = None, *, default: Any = MISSING, **described: Any) -> Any:
+    """A dataclass field that is an option too; `described` are further members of `Option`."""
+    return field(default=default, metadata={_KEY: Option(help=text, panel=panel, **described)})
 
 
 def option_of(spec: Field[Any]) -> Option | None:
@@ -72,7 +54,5 @@ def check_limits(settings: Any) -> None:
     """Raise `ConfigError` for the first field whose number is beyond its option's limits; None passes."""
     for spec in fields(settings):
         described, value = option_of(spec), getattr(settings, spec.name)
-        if described is None or not isinstance(value, int | float):
-            continue
-        if not described.limits.allow(value):
+        if described is not None and isinstance(value, int | float) and not described.allows(value):
             raise ConfigError(f"{spec.name} must be {described.limits}, not {value}")

@@ -4,8 +4,9 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
+from medusa_core.config import SPECULATION_PANEL, TYPICAL_DELTA, TYPICAL_EPSILON
 from medusa_core.errors import ConfigError
+from medusa_core.option_field import option
 
 MAX_SEED = 2**64 - 1
 # What the server and `medusa generate` take at most; the engine itself has wider limits.
@@ -39,9 +40,20 @@ class SpeculationParams:
     ones. `epsilon` and `delta` (paper §2.3.1) matter in typical mode only.
     """
 
-    mode: SpeculationMode = SpeculationMode.EXACT
-    source: DraftSourceName = DraftSourceName.HEADS
-    tree: str = "dynamic"
+    mode: SpeculationMode = option(
+        "exact: the very same answer, sooner. typical: the paper's acceptance, not lossless. "
+        "off: one token at a time.",
+        SPECULATION_PANEL,
+        default=SpeculationMode.EXACT,
+    )
+    source: DraftSourceName = option(
+        "What drafts: the heads, n-grams of the text so far (needs no heads), or both.",
+        SPECULATION_PANEL,
+        default=DraftSourceName.HEADS,
+    )
+    tree: str = option(
+        "Draft tree: dynamic, static or a published one.", SPECULATION_PANEL, default="dynamic"
+    )
     epsilon: float = TYPICAL_EPSILON
     delta: float = TYPICAL_DELTA
 

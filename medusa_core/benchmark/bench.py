@@ -3,7 +3,7 @@
 import os
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +13,11 @@ import transformers
 from medusa_core.benchmark import report
 from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
 from medusa_core.benchmark.runs import engine_runner, hf_runner
+from medusa_core.benchmark.settings import BenchSettings
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError, DataError, TokenizerError
-from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
+from medusa_core.sampling_params import SpeculationParams
 from medusa_core.text.prompts import Prompt
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSettings:
-    """What to measure. Prompt i is sampled with `seed` + i."""
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 128
-    mode: SpeculationMode = SpeculationMode.EXACT
-    source: DraftSourceName = DraftSourceName.HEADS
-    tree: str = "dynamic"
-    seed: int = 0
-    repeats: int = 1
-    compare_hf: bool = False
-
-    def __post_init__(self) -> None:
-        if self.mode is SpeculationMode.OFF:
-            raise ConfigError("mode must be exact or typical: the baseline without speculation always runs")
-        if self.repeats < 1:
-            raise ConfigError(f"repeats must be at least 1, not {self.repeats}")
-        self.sampling()  # refuses what is out of range before a model is loaded
-
-    def sampling(self) -> SamplingParams:
-        """Sampling parameters of every run, without speculation."""
-        return SamplingParams(
-            max_tokens=self.max_tokens, temperature=self.temperature, top_p=self.top_p, seed=self.seed
-        )
 
 
 def run_bench(
@@ -121,15 +94,8 @@ def fitting_prompts(
 
 def engine_facts(engine: Engine) -> dict[str, Any]:
     """The measured engine, for reports."""
-    info = engine.info
-    return {
-        "model": info.model,
-        "heads": info.heads,
-        "num_heads": info.num_heads,
-        "parameters": info.parameters,
-        "dtype": info.dtype,
-        "device": info.device,
-    }
+    names = ("model", "heads", "num_heads", "parameters", "dtype", "device")
+    return {name: getattr(engine.info, name) for name in names}
 
 
 def machine_facts() -> dict[str, Any]:

@@ -38,10 +38,9 @@ class InflatedShape:
 class RandomFill:
     """Overwrites tensors with pseudo-random numbers at the speed of a copy."""
 
-    def __init__(self, *, dtype: torch.dtype, device: torch.device, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        pool = torch.randn(POOL_SIZE, generator=generator) * DEAD_WEIGHT_STD
-        self._pool = pool.to(device=device, dtype=dtype)
+    def __init__(self, like: Tensor) -> None:
+        pool = torch.randn(POOL_SIZE, generator=torch.Generator().manual_seed(0)) * DEAD_WEIGHT_STD
+        self._pool = pool.to(like)  # its dtype and device
         self._start = 0
 
     def __call__(self, target: Tensor) -> None:
@@ -56,30 +55,24 @@ class RandomFill:
 
 
 def inflate_model(
-    model: PreTrainedModel,
-    shape: InflatedShape | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    seed: int = 0,
+    model: PreTrainedModel, shape: InflatedShape, *, dtype: torch.dtype | None = None
 ) -> LlamaForCausalLM:
     """A `LlamaForCausalLM` of `shape` with the same logits for the model's own tokens; added tokens get 0.
 
     `dtype` defaults to the model's. Made on the model's device, directly in `dtype`. Raises `ConfigError` if
     the model is not a plain Llama of that head dimension or does not fit.
     """
-    shape = shape or InflatedShape()
     llama = _check_inflatable(model, shape)
     first = next(llama.parameters())
-    dtype = dtype or first.dtype
     with torch.device("meta"):
         inflated = LlamaForCausalLM(_inflated_config(llama.config, shape))
-    nn.Module.to(inflated, dtype=dtype)
+    nn.Module.to(inflated, dtype=dtype or first.dtype)
     inflated.to_empty(device=first.device).requires_grad_(False).train(mode=False)
     # Its tables are buffers that are not saved, so `to_empty` left them unset; they depend on head_dim alone.
     inflated.model.rotary_emb = copy.deepcopy(llama.model.rotary_emb)
     inflated.generation_config = copy.deepcopy(llama.generation_config)
     with torch.no_grad():
-        _fill_weights(llama, inflated, RandomFill(dtype=dtype, device=first.device, seed=seed))
+        _fill_weights(llama, inflated, RandomFill(inflated.lm_head.weight))
     return inflated
 
 
@@ -136,8 +129,7 @@ def _inflated_config(config: LlamaConfig, shape: InflatedShape) -> LlamaConfig:
 
 
 def _fill_weights(llama: LlamaForCausalLM, inflated: LlamaForCausalLM, fill: RandomFill) -> None:
-    own_hidden = llama.config.hidden_size
-    own_rows = llama.config.vocab_size
+    own_hidden, own_rows = llama.config.hidden_size, llama.config.vocab_size
     _inflate_writer(inflated.model.embed_tokens.weight.T, llama.model.embed_tokens.weight.T)
     fill(inflated.model.embed_tokens.weight[own_rows:])
     _embed(inflated.lm_head.weight[:own_rows], llama.lm_head.weight, fill)

@@ -14,7 +14,7 @@ from medusa_core.benchmark.inflate import (
     inflate_model,
     inflate_norm,
 )
-from medusa_core.checkpoints.parameters import weights_of
+from medusa_core.checkpoints.modules import weights_of
 from medusa_core.checkpoints.weights import Linear
 from medusa_core.config import EngineConfig
 from medusa_core.draft.heads import DraftHeads
@@ -30,7 +30,7 @@ SHAPES = {"1b": InflatedShape()}
 
 
 def inflated_engine(
-    model: str | Path, heads: str | Path | None, config: EngineConfig, shape: InflatedShape, *, seed: int = 0
+    model: str | Path, heads: str | Path | None, config: EngineConfig, shape: InflatedShape
 ) -> Engine:
     """Like `Engine.from_pretrained`, padded to `shape`; a model that does not fit is a `ConfigError`.
 
@@ -38,17 +38,15 @@ def inflated_engine(
     """
     parts = load_parts(model, heads, replace(config, dtype="float32"))
     dtype = resolve_dtype(config.dtype, resolve_device(config.device), model)
-    big = inflate_model(parts.backbone.model, shape, dtype=dtype, seed=seed)
-    wide = None if parts.heads is None else inflate_heads(parts.heads, big, seed=seed)
+    big = inflate_model(parts.backbone.model, shape, dtype=dtype)
+    wide = None if parts.heads is None else inflate_heads(parts.heads, big)
     return Engine.from_parts(big, parts.chat, wide, config, parts.calibration)
 
 
-def inflate_heads(
-    heads: DraftHeads, inflated: LlamaForCausalLM, *, seed: int = 0
-) -> MedusaHeads | HydraHeads:
+def inflate_heads(heads: DraftHeads, inflated: LlamaForCausalLM) -> MedusaHeads | HydraHeads:
     """Heads for an inflated model, in its dtype, with the logits and output rows of the given ones."""
-    fill = RandomFill(dtype=inflated.dtype, device=inflated.device, seed=seed + 1)
     hidden_size, weight = inflated.config.hidden_size, inflated.lm_head.weight
+    fill = RandomFill(weight)
     if not isinstance(heads, MedusaHeads | HydraHeads):
         raise ConfigError(f"{type(heads).__name__} cannot be inflated")
     own = weights_of(heads)

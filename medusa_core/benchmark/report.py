@@ -1,6 +1,6 @@
 """Figures and table of `medusa bench`, computed from runs. All times in seconds."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from statistics import fmean, median, median_low
 from typing import Any
 
@@ -20,7 +20,7 @@ def rates(runs: PromptRuns, prompt_lengths: Sequence[int]) -> dict[str, float | 
 
     `overall_tokens_per_second` is all tokens over all seconds, so long answers weigh more.
     """
-    per_prompt = [_median_of(repeats, lambda run: run.tokens_per_second) for repeats in runs]
+    per_prompt = [_median([run.tokens_per_second for run in repeats]) for repeats in runs]
     flat = [run for repeats in runs for run in repeats]
     decoded, seconds = sum(run.decoded_tokens for run in flat), sum(run.decode_seconds for run in flat)
     prefill = [median(run.prefill_seconds for run in repeats) for repeats in runs]
@@ -92,10 +92,6 @@ def _acceptance_by_head(steps: Sequence[StepStats]) -> list[float]:
         hits = sum(step.accepted[head] for step in tried)
         shares.append(hits / len(tried) if tried else 0.0)
     return shares
-
-
-def _median_of(runs: Sequence[Run], value: Callable[[Run], float | None]) -> float | None:
-    return _median([value(run) for run in runs])
 
 
 def _median(values: Sequence[float | None]) -> float | None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from medusa_core.engine.engine import Engine
@@ -72,6 +72,7 @@ def hf_runner(engine: Engine) -> Runner:
     """
     model = engine.backbone.model
     eos_ids = sorted(engine.chat_tokenizer.eos_token_ids)
+    padding = list(range(engine.backbone.vocab_size, len(model.get_output_embeddings().weight)))
 
     def run(prompt_ids: Sequence[int], params: SamplingParams) -> Run:
         input_ids = torch.tensor([list(prompt_ids)], device=engine.backbone.device)
@@ -81,11 +82,10 @@ def hf_runner(engine: Engine) -> Runner:
         sequences = model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),
-            generation_config=_generation_config(params, eos_ids),
-            logits_processor=_processors(engine),
+            generation_config=_generation_config(params, eos_ids, padding),
             streamer=clock,
         )
-        times = clock.token_times
+        times = clock.times[1:]
         tokens = tuple(int(token) for token in sequences[0, len(prompt_ids) :])
         return Run(tokens, times[0] - start, times[-1] - times[0])
 
@@ -96,37 +96,16 @@ class _Clock(BaseStreamer):  # type: ignore[no-untyped-call, misc, unused-ignore
     """Records when each token arrives; `generate` puts the prompt first."""
 
     def __init__(self) -> None:
-        self._times: list[float] = []
-
-    @property
-    def token_times(self) -> list[float]:
-        return self._times[1:]
+        self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self._times.append(time.perf_counter())
+        self.times.append(time.perf_counter())
 
     def end(self) -> None:
         """Nothing to flush."""
 
 
-class _MaskPadding(LogitsProcessor):
-    """Masks a padded vocabulary's extra ids, as our engine does."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self._vocab_size = vocab_size
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self._vocab_size :] = -torch.inf
-        return scores
-
-
-def _processors(engine: Engine) -> LogitsProcessorList:
-    rows = engine.backbone.model.get_output_embeddings().weight.shape[0]
-    padded = rows > engine.backbone.vocab_size
-    return LogitsProcessorList([_MaskPadding(engine.backbone.vocab_size)] if padded else [])
-
-
-def _generation_config(params: SamplingParams, eos_ids: list[int]) -> GenerationConfig:
+def _generation_config(params: SamplingParams, eos_ids: list[int], padding: list[int]) -> GenerationConfig:
     """A configuration with every value set: `generate` takes missing ones from the model's own."""
     stops = [] if params.ignore_eos else eos_ids
     return GenerationConfig(
@@ -139,5 +118,6 @@ def _generation_config(params: SamplingParams, eos_ids: list[int]) -> Generation
         num_beams=1,
         max_new_tokens=params.max_tokens,
         eos_token_id=[*stops, *params.stop_token_ids] or None,
+        suppress_tokens=padding or None,  # a padded vocabulary's extra ids, as our engine does
         pad_token_id=eos_ids[0] if eos_ids else 0,
     )

@@ -8,14 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from medusa_core.calibration.collect import Answer, Observed, answer_prompts, observe
-from medusa_core.calibration.measure import (
-    MAX_RANK,
-    LengthMeter,
-    RankCounter,
-    TauFitter,
-    dynamic_meters,
-    static_meters,
-)
+from medusa_core.calibration.measure import MAX_RANK, RankCounter, TauFitter, length_meters
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.tree_size import TREE_SIZES, fastest_size
 from medusa_core.engine.engine import Engine
@@ -71,17 +64,16 @@ def calibrate(
     for temperature in settings.temperatures:
         progress(f"answering at temperature {temperature:g}")
         taus[temperature] = _fit_taus(engine, _answers(engine, prompts, settings, temperature))
-    return _with_fastest_tree(
-        engine,
-        HeadCalibration(
-            accuracies=counter.accuracies(),
-            counts=tuple(counter.counts_K.tolist()),
-            temperatures=taus,
-            expected=expected,
-            step_seconds={n: round(t, 6) for n, t in engine.step_times.trees.items()},
-            machine=f"{platform.machine()} {engine.info.device} {engine.info.dtype}",
-        ),
+    measured = HeadCalibration(
+        accuracies=counter.accuracies(),
+        counts=tuple(counter.counts_K.tolist()),
+        temperatures=taus,
+        expected=expected,
+        step_seconds={n: round(t, 6) for n, t in engine.step_times.trees.items()},
+        machine=f"{platform.machine()} {engine.info.device} {engine.info.dtype}",
     )
+    times = engine.step_times.trees
+    return replace(measured, tree_nodes=fastest_size(times, measured)) if times else measured
 
 
 def destination(heads: str | None, out: Path | None = None) -> Path:
@@ -131,11 +123,7 @@ def _expected(
     engine: Engine, answers: Sequence[Answer], counter: RankCounter, taus: tuple[float, ...]
 ) -> dict[str, dict[int, float]]:
     assert engine.heads is not None
-    heads, device = engine.heads, engine.backbone.device
-    meters: dict[str, dict[int, LengthMeter]] = {
-        "static": static_meters(heads, counter.accuracies(), TREE_SIZES, device),
-        "dynamic": dynamic_meters(heads, taus, TREE_SIZES, device),
-    }
+    meters = length_meters(engine.heads, counter.accuracies(), taus, TREE_SIZES, engine.backbone.device)
     for observed in _observations(engine, answers):
         for meter in chain.from_iterable(row.values() for row in meters.values()):
             meter.add(observed)
@@ -144,9 +132,3 @@ def _expected(
 
 def _observations(engine: Engine, answers: Sequence[Answer]) -> Iterator[Observed]:
     return chain.from_iterable(observe(engine, answer) for answer in answers)
-
-
-def _with_fastest_tree(engine: Engine, calibration: HeadCalibration) -> HeadCalibration:
-    if not engine.step_times.trees:
-        return calibration
-    return replace(calibration, tree_nodes=fastest_size(engine.step_times.trees, calibration))

@@ -72,8 +72,7 @@ def answer_prompts(engine: Engine, prompts: Sequence[Messages], params: Sampling
 @torch.inference_mode()
 def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
     """Observe every position of the answer at which at least one head has a target."""
-    if engine.heads is None:
-        raise DataError("there are no draft heads to calibrate")
+    assert engine.heads is not None
     heads, device = engine.heads, engine.backbone.device
     ids = [*answer.prompt_ids, *answer.answer_ids]
     hidden_SE = heads.contextualise(_hidden_states(engine, ids[:-2])[None])[0]

@@ -109,16 +109,18 @@ class LengthMeter:
         return round(self._tokens / self.steps, 4)
 
 
-def static_meters(
-    heads: DraftHeads, accuracies: Sequence[Sequence[float]], sizes: Sequence[int], device: torch.device
-) -> dict[int, LengthMeter]:
-    """A meter per size for the tree grown from these accuracies."""
-    taus = (1.0,) * heads.num_heads
-    return {n: LengthMeter(make_drafter(heads, grow_tree(accuracies, n), device), taus) for n in sizes}
-
-
-def dynamic_meters(
-    heads: DraftHeads, taus: tuple[float, ...], sizes: Sequence[int], device: torch.device
-) -> dict[int, LengthMeter]:
-    """A meter per size for the dynamic tree with these temperatures."""
-    return {n: LengthMeter(make_drafter(heads, n, device), taus) for n in sizes}
+def length_meters(
+    heads: DraftHeads,
+    accuracies: Sequence[Sequence[float]],
+    taus: tuple[float, ...],
+    sizes: Sequence[int],
+    device: torch.device,
+) -> dict[str, dict[int, LengthMeter]]:
+    """A meter per kind of tree and size: grown from these accuracies, or dynamic with these temperatures."""
+    untempered = (1.0,) * heads.num_heads
+    return {
+        "static": {
+            n: LengthMeter(make_drafter(heads, grow_tree(accuracies, n), device), untempered) for n in sizes
+        },
+        "dynamic": {n: LengthMeter(make_drafter(heads, n, device), taus) for n in sizes},
+    }

@@ -4,7 +4,7 @@ Needs matplotlib (the extra `plot`); figures only, so no window and no state bet
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,15 +38,10 @@ def save_plots(calibration: HeadCalibration, folder: Path) -> list[Path]:
     check_matplotlib()
     from matplotlib import rc_context
 
-    figures: dict[str, Callable[[HeadCalibration], Figure]] = {
-        "tree": draw_tree,
-        "accuracy": draw_accuracy,
-        "speedup": draw_speedup,
-    }
     paths = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, draw in figures.items():
+        for name, draw in (("tree", draw_tree), ("accuracy", draw_accuracy), ("speedup", draw_speedup)):
             figure = draw(calibration)
             for kind in FORMATS:
                 paths.append(folder / f"{name}.{kind}")
@@ -76,8 +71,7 @@ def draw_tree(calibration: HeadCalibration) -> "Figure":
     axes.set_yticks(range(0, -tree.depth - 1, -1), ["root", *(f"head {k + 1}" for k in range(tree.depth))])
     axes.set_xticks([])
     axes.set_ylim(-tree.depth - 0.5, 0.5)
-    for side in ("top", "right", "bottom", "left"):
-        axes.spines[side].set_visible(False)
+    axes.set_frame_on(False)
     axes.set_title(f"Static draft tree, {tree.size} nodes (numbers: rank of the guess)")
     return figure
 
@@ -93,13 +87,10 @@ def draw_accuracy(calibration: HeadCalibration) -> "Figure":
         errors = None
         if calibration.counts:
             bounds = [wilson_interval(value, calibration.counts[head]) for value in values]
-            errors = [
-                [value - low for value, (low, _) in zip(values, bounds, strict=True)],
-                [high - value for value, (_, high) in zip(values, bounds, strict=True)],
-            ]
-        axes.errorbar(
-            ranks, values, yerr=errors, marker="o", markersize=4, capsize=2, label=f"head {head + 1}"
-        )
+            spans = [(v - low, high - v) for v, (low, high) in zip(values, bounds, strict=True)]
+            errors = list(zip(*spans, strict=True))
+        name = f"head {head + 1}"
+        axes.errorbar(ranks, values, yerr=errors, marker="o", markersize=4, capsize=2, label=name)
     axes.set_yscale("log")
     axes.set_xticks(range(1, SHOWN_RANKS + 1))
     axes.set_xlabel("rank of the guess")
@@ -143,11 +134,8 @@ def expected_lengths(calibration: HeadCalibration) -> Mapping[str, Mapping[int, 
     measured = {f"{kind} tree": row for kind, row in calibration.expected.items() if row}
     if measured:
         return measured
-    return {
-        "static tree, if heads err independently": {
-            n: expected_tokens(calibration, n, "static") for n in TREE_SIZES
-        }
-    }
+    estimated = {n: expected_tokens(calibration, n, "static") for n in TREE_SIZES}
+    return {"static tree, if heads err independently": estimated}
 
 
 def layout(tree: Tree) -> list[tuple[float, float]]:

@@ -10,18 +10,3 @@
 Heads and layers are counted from the keys; config.json is advisory, since the published ones are wrong.
 Only tensors are ever unpickled. Every problem is a `CheckpointError` that names the file and the keys.
 """
-
-from medusa_core.checkpoints.full_model import save_full_model
-from medusa_core.checkpoints.head_files import fetch_beside, find_heads
-from medusa_core.checkpoints.reading import load_heads
-from medusa_core.checkpoints.weight_files import describe_files
-from medusa_core.checkpoints.writing import save_heads
-
-__all__ = [
-    "describe_files",
-    "fetch_beside",
-    "find_heads",
-    "load_heads",
-    "save_full_model",
-    "save_heads",
-]

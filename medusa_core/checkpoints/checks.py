@@ -37,6 +37,14 @@ def check_shape(source: str, key: str, tensor: Tensor, expected: tuple[int, ...]
         raise CheckpointError(f"{source}: {key} has shape {list(tensor.shape)}, expected {list(expected)}")
 
 
+def check_hidden_size(source: str, own: int, backbone: int) -> None:
+    """Refuse heads of another hidden size than the backbone's."""
+    if own != backbone:
+        raise CheckpointError(
+            f"{source}: heads are for hidden size {own}, the backbone's hidden size is {backbone}"
+        )
+
+
 def check_rows(source: str, key: str, output: Tensor) -> int:
     """Rows V of an output layer, at least one."""
     rows = len(output) if output.ndim else 1  # one without dimensions fails the check of its shape

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from medusa_core.checkpoints.head_files import HeadFile
-from medusa_core.checkpoints.weight_files import Repository, model_keys, read_tensors
+from medusa_core.checkpoints.weight_files import Repository, model_keys, read_shards
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, MedusaWeights
 from medusa_core.errors import CheckpointError, first_line
 from medusa_core.model.backbone import LOADING_FAILURES
@@ -66,10 +66,7 @@ def read_base(model: str | Path) -> Base:
     if not own and len(tied) != 1:
         raise CheckpointError(f"{model} has no output layer under a known name ({', '.join(OUTPUT_KEYS)})")
     key = (own or tied)[0]
-    shard = repository.fetch(keys[key])
-    if shard is None:
-        raise CheckpointError(f"{model} lacks {keys[key]}, which its index names")
-    weight = read_tensors(shard, lambda name: name == key).get(key)
-    if weight is None or weight.ndim != 2 or weight.shape[1] != hidden_size:
+    weight = read_shards(repository, {key: keys[key]})[key]
+    if weight.ndim != 2 or weight.shape[1] != hidden_size:
         raise CheckpointError(f"{model}: {key} is not an output layer for hidden size {hidden_size}")
     return Base(str(model), hidden_size, weight)

@@ -6,11 +6,15 @@ from typing import Any
 
 from torch import Tensor
 
-from medusa_core.checkpoints.hydra_keys import is_hydra
-from medusa_core.checkpoints.keys import HEAD_PREFIX, MODELOPT_PREFIX, is_vllm_key
-from medusa_core.checkpoints.medusa_format import without_optional_prefix
-from medusa_core.checkpoints.weight_files import Repository, model_keys, read_json, read_tensors
+from medusa_core.checkpoints.medusa_format import (
+    HEAD_PREFIX,
+    MODELOPT_PREFIX,
+    is_vllm_key,
+    without_optional_prefix,
+)
+from medusa_core.checkpoints.weight_files import Repository, model_keys, read_shards, read_tensors
 from medusa_core.errors import CheckpointError
+from medusa_core.files import read_json
 
 HYDRA_FILES = ("hydra_lm_head.safetensors", "hydra_lm_head.pt")  # in order of preference
 HEAD_FILES = ("medusa_lm_head.safetensors", "medusa_lm_head.pt")
@@ -29,10 +33,6 @@ class HeadFile:
     source: str
     tensors: dict[str, Tensor]
     config: dict[str, Any]
-
-    @property
-    def is_hydra(self) -> bool:
-        return is_hydra(self.tensors)
 
 
 def find_heads(model_dir: Path) -> Path | None:
@@ -54,15 +54,12 @@ def read_heads(path: str | Path) -> HeadFile:
     """All head tensors of a file, a directory or a Hub repository. Raises `CheckpointError`."""
     file = Path(path).expanduser()
     if file.is_file() and file.suffix in WEIGHT_SUFFIXES:
-        tensors = without_optional_prefix(str(path), read_tensors(file, lambda key: True))
-        return HeadFile(str(path), tensors, _config(Repository.at(file.parent)))
+        return _head_file(str(path), read_tensors(file), _config(Repository.at(file.parent)))
     repository = Repository.at(path)
     config = _config(repository)
     found = _find_file(repository, config)
     if found is not None:
-        source = f"{repository.name}/{found.name}"
-        tensors = without_optional_prefix(source, read_tensors(found, lambda key: True))
-        return HeadFile(source, tensors, config)
+        return _head_file(f"{repository.name}/{found.name}", read_tensors(found), config)
     return _read_model(repository, config)
 
 
@@ -72,10 +69,14 @@ def fetch_beside(path: str | Path, filename: str) -> Path | None:
     return Repository.at(file.parent if file.is_file() else path).fetch(filename)
 
 
+def _head_file(source: str, tensors: dict[str, Tensor], config: dict[str, Any]) -> HeadFile:
+    return HeadFile(source, without_optional_prefix(source, tensors), config)
+
+
 def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
     """The file of heads alone. Of two kinds in one folder, the one that config.json describes."""
-    kinds = [_first(repository, names) for names in (HYDRA_FILES, HEAD_FILES)]
-    found = [path for path in kinds if path is not None]
+    kinds = (HYDRA_FILES, HEAD_FILES)
+    found = [path for names in kinds if (path := next(filter(None, map(repository.fetch, names)), None))]
     if len(found) < 2:
         return found[0] if found else None
     claims = ("hydra_num_heads" in config, "medusa_num_heads" in config)
@@ -86,10 +87,6 @@ def _find_file(repository: Repository, config: dict[str, Any]) -> Path | None:
     return found[0] if claims[0] else found[1]
 
 
-def _first(repository: Repository, names: tuple[str, ...]) -> Path | None:
-    return next((path for path in map(repository.fetch, names) if path is not None), None)
-
-
 def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
     """Heads in a model's files: D, or C and E among its weights; shards without heads are not read."""
     places = _heads_among(model_keys(repository))
@@ -98,16 +95,7 @@ def _read_model(repository: Repository, config: dict[str, Any]) -> HeadFile:
             f"no heads at {repository.name}: neither {' nor '.join((*HEAD_FILES, *HYDRA_FILES))}, "
             f"nor {HEAD_PREFIX}* among model weights"
         )
-    tensors: dict[str, Tensor] = {}
-    for name in sorted(set(places.values())):
-        shard = repository.fetch(name)
-        if shard is None:
-            raise CheckpointError(f"{repository.name} lacks {name}, which its index names")
-        tensors |= read_tensors(shard, lambda key: key in places)
-    missing = places.keys() - tensors.keys()
-    if missing:
-        raise CheckpointError(f"{repository.name} lacks {sorted(missing)[0]}, which its index names")
-    return HeadFile(repository.name, without_optional_prefix(repository.name, tensors), config)
+    return _head_file(repository.name, read_shards(repository, places), config)
 
 
 def _heads_among(keys: dict[str, str]) -> dict[str, str]:

@@ -11,9 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 from medusa_core.checkpoints.head_files import HeadFile, read_heads
-from medusa_core.checkpoints.hydra_format import parse_hydra
-from medusa_core.checkpoints.keys import MODELOPT_PREFIX, is_vllm_key
-from medusa_core.checkpoints.medusa_format import parse_medusa
+from medusa_core.checkpoints.hydra_format import is_hydra, parse_hydra
+from medusa_core.checkpoints.medusa_format import MODELOPT_PREFIX, is_vllm_key, parse_medusa
 from medusa_core.checkpoints.modules import Fit, build_heads
 from medusa_core.checkpoints.quantized import dequantize
 from medusa_core.checkpoints.weights import HeadWeights, Linear, MedusaWeights
@@ -60,7 +59,7 @@ def load_heads(
 
 def parse_weights(file: HeadFile, hidden_size: int | None = None) -> HeadWeights:
     """The checked tensors of any layout. `hidden_size` None accepts any."""
-    if file.is_hydra:
+    if is_hydra(file.tensors):
         return parse_hydra(file.source, file.tensors, file.config, hidden_size)
     tensors = file.tensors
     if any(key.startswith(MODELOPT_PREFIX) for key in tensors):

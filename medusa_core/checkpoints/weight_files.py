@@ -1,11 +1,10 @@
 """Weight files in folders and on the Hub: safetensors, `.pt` and `.bin`, sharded or not."""
 
 import contextlib
-import json
 import pickle  # for the name of an error alone  # nosec B403
 import struct
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from medusa_core.errors import CheckpointError, first_line
+from medusa_core.files import read_json
 
 MODEL_FILES = ("model.safetensors", "pytorch_model.bin")  # each before its index, as transformers chooses
 INDEX_SUFFIX = ".index.json"
@@ -25,8 +25,6 @@ UNPICKLING_FAILURES = (
     *(pickle.UnpicklingError, struct.error, EOFError, RuntimeError, ValueError, LookupError, AssertionError),
     *(TypeError, AttributeError, ArithmeticError, MemoryError),
 )
-
-KeyFilter = Callable[[str], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,23 +60,30 @@ class Repository:
         return path if path.is_file() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError`."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return value
+def read_tensors(path: Path, wanted: Container[str] | None = None) -> dict[str, Tensor]:
+    """The wanted tensors (None: all) of one `.safetensors`, `.pt` or `.bin` file, on the CPU.
 
-
-def read_tensors(path: Path, wanted: KeyFilter) -> dict[str, Tensor]:
-    """The wanted tensors of one `.safetensors`, `.pt` or `.bin` file, on the CPU, else `CheckpointError`."""
+    Raises `CheckpointError`.
+    """
     if path.suffix != ".safetensors":
-        return {key: value for key, value in _unpickle(path).items() if wanted(key)}
+        return {key: value for key, value in _unpickle(path).items() if wanted is None or key in wanted}
     with _safetensors(path) as file:
-        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118
+        keys = [key for key in file.keys() if wanted is None or key in wanted]  # noqa: SIM118
+        return {key: file.get_tensor(key) for key in keys}
+
+
+def read_shards(repository: Repository, places: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of these keys, each from the file that an index names for it; no other file is read."""
+    tensors: dict[str, Tensor] = {}
+    for name in sorted(set(places.values())):
+        shard = repository.fetch(name)
+        if shard is None:
+            raise CheckpointError(f"{repository.name} lacks {name}, which its index names")
+        tensors |= read_tensors(shard, places)
+    missing = places.keys() - tensors.keys()
+    if missing:
+        raise CheckpointError(f"{repository.name} lacks {min(missing)}, which its index names")
+    return tensors
 
 
 def model_keys(repository: Repository) -> dict[str, str]:
@@ -106,19 +111,11 @@ def describe_files(model: str | Path) -> str:
     if not folder.is_dir():
         config = try_to_load_from_cache(str(model), "config.json")
         folder = Path(config).parent if isinstance(config, str) else folder
-    sizes = [path.stat().st_size for path in _weight_files(folder) if path.is_file()]
+    found = [[*folder.glob(name.replace(".", "*."))] for name in MODEL_FILES]  # shards too
+    sizes = [path.stat().st_size for path in next(filter(None, found), [])]
     if not sizes:
         return "not downloaded yet"
     return f"{sum(sizes) / 2**30:.2f} GiB in {len(sizes)} file{'s' if len(sizes) > 1 else ''}"
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    for name in MODEL_FILES:
-        if (folder / name).is_file():
-            return [folder / name]
-        if (folder / (name + INDEX_SUFFIX)).is_file():
-            return sorted({folder / file for file in model_keys(Repository(str(folder), folder)).values()})
-    return []
 
 
 def _file_keys(path: Path) -> list[str]:

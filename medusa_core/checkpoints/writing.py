@@ -1,26 +1,26 @@
-"""Writes draft heads as safetensors: Medusa in layout A (B if they share the output layer), Hydra in F.
+"""Writes draft heads as safetensors: Medusa in layout A (B if they share the output layer), Hydra in F, whole
+models with Medusa heads inside in C.
 
 Keys are the published ones, so other servers and the references read them too. Those layouts have no token
 map; ours is one more key, `token_map`.
 """
 
-import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medusa_core.checkpoints.hydra_keys import ARCH_MLP, ARCH_PREFIX, PREFIX, written_layout
-from medusa_core.checkpoints.keys import PLAIN, TOKEN_MAP, HeadLayout, Naming
-from medusa_core.checkpoints.parameters import weights_of
+from medusa_core.checkpoints.hydra_format import ARCH_MLP, ARCH_PREFIX, PREFIX, written_layout
+from medusa_core.checkpoints.medusa_format import IN_MODEL, PLAIN, TOKEN_MAP, HeadLayout, Naming
+from medusa_core.checkpoints.modules import medusa_weights, weights_of
+from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES
 from medusa_core.checkpoints.weights import HeadWeights, HydraWeights, Linear, MedusaWeights
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.files import read_json, replace_file, write_json
 
 HEADS_FILE, HYDRA_FILE = "medusa_lm_head.safetensors", "hydra_lm_head.safetensors"
 SHARED_OUTPUT_VERSION = "2"  # how TGI marks format B
@@ -69,14 +69,8 @@ def write_files(directory: str | Path, name: str, tensors: dict[str, Tensor], co
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         for key, tensor in tensors.items()
     }
-    _replace(folder / name, lambda path: save_file(own, path, metadata={"format": "pt"}))
+    replace_file(folder / name, lambda path: save_file(own, path, metadata={"format": "pt"}))
     write_json(folder / "config.json", config)
-
-
-def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write indented JSON, replacing the file atomically."""
-    text = json.dumps(value, indent=2) + "\n"
-    _replace(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def medusa_tensors(
@@ -113,14 +107,44 @@ def _hydra_tensors(weights: HydraWeights) -> dict[str, Tensor]:
     return tensors if weights.token_map is None else tensors | {TOKEN_MAP: weights.token_map}
 
 
-def _replace(target: Path, write: Callable[[Path], object]) -> None:
-    """Write beside the target, then rename over it."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        write(temporary)
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide the heads from a server of another user
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+DEFAULT_SHARD_SIZE = "5GB"
+
+
+def save_full_model(
+    model: PreTrainedModel,
+    heads: MedusaHeads,
+    directory: str | Path,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+) -> Path:
+    """Save a tuned backbone and its heads as one model that transformers, our loader and the reference read.
+
+    Heads are `medusa_head.*` keys in the same (sharded) safetensors as the backbone's, in their own dtype;
+    config.json gains `medusa_num_heads` and `medusa_num_layers`. Adapters must have been merged into `model`.
+    `load_parts(directory, None, ...)` then finds model and heads. Heads of other kinds have no such layout:
+    save them beside the model, with `save_heads`. Returns the directory.
+    """
+    folder = Path(directory)
+    head_tensors = {
+        key: tensor.detach().clone()
+        for key, tensor in medusa_tensors(medusa_weights(heads), IN_MODEL).items()
+    }
+    model.save_pretrained(
+        folder, state_dict=dict(model.state_dict()) | head_tensors, max_shard_size=max_shard_size
+    )
+    _remove_stale(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    config_path = folder / "config.json"
+    config = read_json(config_path)
+    config |= {"medusa_num_heads": heads.num_heads, "medusa_num_layers": heads.num_layers}
+    write_json(config_path, config)
+    return folder
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove an earlier save's single file or index: transformers removes old shards, but not these."""
+    name = MODEL_FILES[0]
+    is_sharded = any(folder.glob("model-*-of-*.safetensors"))
+    (folder / (name if is_sharded else name + INDEX_SUFFIX)).unlink(missing_ok=True)

@@ -1,21 +1,22 @@
 """`medusa bench`: decoding with and without drafts, as a table and perhaps a JSON file."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from medusa_core.cli.engine_options import SAMPLING_PANEL, ModelOptions, SpeculationOptions
+from medusa_core.benchmark.settings import BenchSettings
+from medusa_core.cli.engine_options import ModelOptions
 from medusa_core.cli.options import with_options
 from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import option
+from medusa_core.sampling_params import SpeculationParams
+from medusa_core.status_bar import StatusBar
 
 if TYPE_CHECKING:
-    from medusa_core.benchmark.bench import BenchSettings
     from medusa_core.engine.engine import Engine
     from medusa_core.text.prompts import Prompt
 
@@ -25,13 +26,9 @@ class BenchOptions:
     """What is measured, and where the figures go."""
 
     prompts: Path | None = option(
-        "JSONL file (.gz too) of objects with `messages`.",
-        default=None,
-        shown="24 short dialogue openings",
+        "JSONL file (.gz too) of objects with `messages`.", default=None, shown="24 short dialogue openings"
     )
     limit: int | None = option("Use only the first prompts.", default=None, shown="all", least=1)
-    repeats: int = option("Runs per prompt and variant.", default=1, least=1)
-    compare_hf: bool = option("Also run transformers' generate on the same weights.", default=False)
     inflate: str | None = option(
         "1b: pad the model to a 1.2 B Llama shape that computes the same.", default=None, shown="as it is"
     )
@@ -42,34 +39,18 @@ class BenchOptions:
             raise ConfigError(f"cannot write {self.json_file}: there is no such directory")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BenchSampling:
-    """Sampling of every run: the same for all prompts, unlike the model's own defaults."""
-
-    max_tokens: int = option("Most tokens of an answer.", SAMPLING_PANEL, default=128, least=1)
-    temperature: float = option("0 is greedy.", SAMPLING_PANEL, default=0.0)
-    top_p: float = option("Nucleus sampling; 1 is off.", SAMPLING_PANEL, default=1.0)
-    seed: int = option("Seed of the first prompt; the others count up.", SAMPLING_PANEL, default=0)
-
-
 @with_options
 def bench(
-    options: BenchOptions, model: ModelOptions, sampling: BenchSampling, speculation: SpeculationOptions
+    options: BenchOptions,
+    settings: BenchSettings,
+    model: ModelOptions,
+    speculation: SpeculationParams,
+    config: EngineConfig,
 ) -> None:
     """Measure decoding with and without Medusa, interleaved on the same prompts in one process."""
-    # Imported here: torch takes seconds, which `medusa --help` should not.
-    from medusa_core.benchmark.bench import BenchSettings
     from medusa_core.text.prompts import DEFAULT_PROMPTS, load_prompts
 
-    settings = BenchSettings(
-        **asdict(sampling),
-        mode=speculation.mode,
-        source=speculation.source,
-        tree=speculation.tree,
-        repeats=options.repeats,
-        compare_hf=options.compare_hf,
-    )
-    config = model.engine_config(speculation)
+    settings = replace(settings, mode=speculation.mode, source=speculation.source, tree=speculation.tree)
     conversations = load_prompts(options.prompts or DEFAULT_PROMPTS, options.limit)
     notes = Console(stderr=True)
     with notes.status("loading the model and measuring step times"):
@@ -92,19 +73,16 @@ def _engine(model: ModelOptions, config: EngineConfig, inflate: str | None) -> "
 
 
 def _measure(
-    engine: "Engine", prompts: "list[Prompt]", settings: "BenchSettings", notes: Console
+    engine: "Engine", prompts: "list[Prompt]", settings: BenchSettings, notes: Console
 ) -> dict[str, Any]:
     from medusa_core.benchmark.bench import run_bench
 
-    with _progress(notes) as progress:
-        task = progress.add_task("prompts", total=len(prompts))
-        return run_bench(
-            engine,
-            prompts,
-            settings,
-            warn=lambda text: progress.console.print(f"warning: {text}", markup=False, highlight=False),
-            on_prompt=lambda: progress.advance(task),
-        )
+    def warn(text: str) -> None:
+        notes.print(f"warning: {text}", markup=False, highlight=False)
+
+    with StatusBar(notes, "prompts") as bar:
+        bar.show(total=len(prompts))
+        return run_bench(engine, prompts, settings, warn=warn, on_prompt=lambda: bar.show(advance=1))
 
 
 def _publish(report: dict[str, Any], json_file: Path | None) -> None:
@@ -117,8 +95,3 @@ def _publish(report: dict[str, Any], json_file: Path | None) -> None:
         json_file.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"cannot write {json_file}: {error}") from error
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console, transient=True)

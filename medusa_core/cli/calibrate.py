@@ -4,8 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medusa_core.cli.engine_options import ModelOptions
+from rich.console import Console
+
+from medusa_core.cli.engine_options import ModelOptions, PlainEngine
 from medusa_core.cli.options import with_options
+from medusa_core.cli.output import figures, say
+from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError, DataError
 from medusa_core.option_field import option
 
@@ -60,26 +64,25 @@ class CalibrateOptions:
 
 
 @with_options
-def calibrate(options: CalibrateOptions, model: ModelOptions) -> None:
+def calibrate(options: CalibrateOptions, model: ModelOptions, config: PlainEngine) -> None:
     """Measure the draft heads: accuracies, confidence, and the tree that is fastest on this machine."""
     # Imported here: torch takes seconds, which `medusa --help` should not.
-    from medusa_core.calibration.plots import check_matplotlib
+    from medusa_core.calibration.plots import check_matplotlib, save_plots
 
     if options.plot is not None:
         check_matplotlib()
     if options.plot_only:
-        result = _stored(model, options.out)
+        result = _stored(_destination(model, options.out))
     elif options.from_table is not None:
         result = _from_table(options.from_table, options, model)
     else:
-        result = _measure(options, model)
+        result = _measure(options, model, config)
     if options.plot is not None:
-        _draw(result, options.plot)
+        names = ", ".join(path.name for path in save_plots(result, options.plot))
+        say(f"Drawn in {options.plot}: {names}")
 
 
-def _measure(options: CalibrateOptions, model: ModelOptions) -> "HeadCalibration":
-    from rich.console import Console
-
+def _measure(options: CalibrateOptions, model: ModelOptions, config: EngineConfig) -> "HeadCalibration":
     from medusa_core.calibration.calibrate import CalibrationSettings, destination
     from medusa_core.calibration.calibrate import calibrate as run
     from medusa_core.draft.accuracy import save_calibration
@@ -90,24 +93,19 @@ def _measure(options: CalibrateOptions, model: ModelOptions) -> "HeadCalibration
         temperatures=_parse_temperatures(options.temperatures),
         seed=options.seed,
     )
-    config = model.engine_config()
     conversations = load_prompts(options.prompts or DEFAULT_PROMPTS, options.limit)
     engine = model.load(config, calibrated=False)
     target = destination(engine.info.heads, options.out)
     with Console(stderr=True).status("calibrating") as status:
-        result = run(engine, conversations, settings, lambda text: status.update(text))
+        result = run(engine, conversations, settings, status.update)
     path = save_calibration(result, target)
-    console = Console()
-    console.print(accuracy_table(result))
-    console.print(size_table(result))
-    console.print(f"fastest here: {result.tree_nodes} nodes. Written to {path}", highlight=False)
+    Console().print(accuracy_table(result), size_table(result))
+    say(f"fastest here: {result.tree_nodes} nodes. Written to {path}")
     return result
 
 
 def _from_table(file: Path, options: CalibrateOptions, model: ModelOptions) -> "HeadCalibration":
     """Published accuracies of these heads. Which tree is fastest here, the engine finds when it starts."""
-    from rich.console import Console
-
     from medusa_core.calibration.tables import read_accuracy_table
     from medusa_core.checkpoints.head_files import read_heads
     from medusa_core.checkpoints.reading import parse_weights
@@ -122,19 +120,17 @@ def _from_table(file: Path, options: CalibrateOptions, model: ModelOptions) -> "
     if held != result.num_heads:
         raise DataError(f"{file} is about {result.num_heads} heads, {heads} holds {held}")
     path = save_calibration(result, target)
-    console = Console()
-    console.print(accuracy_table(result))
-    console.print(f"{result.num_heads} heads. Written to {path}", highlight=False, soft_wrap=True)
+    Console().print(accuracy_table(result))
+    say(f"{result.num_heads} heads. Written to {path}")
     return result
 
 
-def _stored(model: ModelOptions, out: Path | None) -> "HeadCalibration":
+def _stored(folder: Path) -> "HeadCalibration":
     from medusa_core.draft.accuracy import load_calibration
 
-    target = _destination(model, out)
-    result = load_calibration(target)
+    result = load_calibration(folder)
     if result is None:
-        raise DataError(f"there is no calibration.json in {target} to draw: calibrate first")
+        raise DataError(f"there is no calibration.json in {folder} to draw: calibrate first")
     return result
 
 
@@ -147,24 +143,14 @@ def _destination(model: ModelOptions, out: Path | None) -> Path:
     return destination(None if source is None else str(source), out)
 
 
-def _draw(calibration: "HeadCalibration", folder: Path) -> None:
-    from rich.console import Console
-
-    from medusa_core.calibration.plots import save_plots
-
-    names = ", ".join(path.name for path in save_plots(calibration, folder))
-    Console().print(f"Drawn in {folder}: {names}", highlight=False, soft_wrap=True)
-
-
 def accuracy_table(calibration: "HeadCalibration") -> "Table":
     """Hit rate per head and rank with the 95 % interval of rank 1, where positions were counted."""
-    from rich.table import Table
-
     from medusa_core.draft.accuracy import wilson_interval
 
-    table = Table(title="Head accuracy (share of positions at which the guess was the model's token)")
-    for name in ("head", *(f"rank {r + 1}" for r in range(SHOWN_RANKS)), "95 % (rank 1)", "positions"):
-        table.add_column(name, justify="right")
+    table = figures(
+        "Head accuracy (share of positions at which the guess was the model's token)",
+        ("head", *(f"rank {r + 1}" for r in range(SHOWN_RANKS)), "95 % (rank 1)", "positions"),
+    )
     for head, row in enumerate(calibration.accuracies):
         interval, count = "-", calibration.counts[head] if calibration.counts else None
         if count is not None:
@@ -177,11 +163,8 @@ def accuracy_table(calibration: "HeadCalibration") -> "Table":
 
 def size_table(calibration: "HeadCalibration") -> "Table":
     """Expected acceptance length and tokens per second by tree size."""
-    from rich.table import Table
-
-    table = Table(title="Draft trees (expected, greedy)")
-    for name in ("nodes", "static tokens/step", "dynamic tokens/step", "step ms", "tokens/s", "speedup"):
-        table.add_column(name, justify="right")
+    columns = ("nodes", "static tokens/step", "dynamic tokens/step", "step ms", "tokens/s", "speedup")
+    table = figures("Draft trees (expected, greedy)", columns)
     static, dynamic = calibration.expected["static"], calibration.expected["dynamic"]
     baseline = calibration.step_seconds.get(1)
     for nodes in sorted(dynamic):

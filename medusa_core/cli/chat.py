@@ -13,11 +13,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from medusa_core.cli.engine_options import ModelOptions, SamplingOptions, SpeculationOptions
+from medusa_core.cli.engine_options import ModelOptions, SamplingOptions
 from medusa_core.cli.options import with_options
+from medusa_core.config import EngineConfig
 from medusa_core.errors import MedusaError
 from medusa_core.option_field import option
-from medusa_core.sampling_params import MAX_SEED, SamplingParams
+from medusa_core.sampling_params import MAX_SEED, SamplingParams, SpeculationParams
 
 if TYPE_CHECKING:
     from medusa_core.engine.answer import AnswerStats
@@ -35,11 +36,15 @@ class ChatOptions:
 
 @with_options
 def chat(
-    options: ChatOptions, model: ModelOptions, sampling: SamplingOptions, speculation: SpeculationOptions
+    options: ChatOptions,
+    model: ModelOptions,
+    sampling: SamplingOptions,
+    speculation: SpeculationParams,
+    config: EngineConfig,
 ) -> None:
     """Chat with the model in the terminal."""
-    engine = model.load(model.engine_config(speculation))
-    params = replace(sampling.params(engine.default_params()), speculation=speculation.params)
+    engine = model.load(config)
+    params = replace(sampling.params(engine.default_params()), speculation=speculation)
     conversation = Conversation(engine, params, options.system)
     if sys.stdin.isatty():
         _talk(conversation)

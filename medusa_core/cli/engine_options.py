@@ -1,61 +1,18 @@
-"""Options of the commands that load a model: which model, how it samples, how it drafts. No torch here."""
+"""Options of the commands that load a model: which model, and how it samples. No torch here."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from medusa_core.config import EMBEDDED_MODEL, EngineConfig
+from medusa_core.cli.options import dataclass_options
+from medusa_core.config import EMBEDDED_MODEL, MODEL_PANEL, SAMPLING_PANEL, EngineConfig
 from medusa_core.option_field import option
-from medusa_core.sampling_params import (
-    DraftSourceName,
-    SamplingParams,
-    SpeculationMode,
-    SpeculationParams,
-    check_served,
-)
+from medusa_core.sampling_params import SamplingParams, check_served
 
 if TYPE_CHECKING:
     from medusa_core.engine.engine import Engine
 
-MODEL_PANEL, SAMPLING_PANEL, SPECULATION_PANEL = "Model", "Sampling", "Speculation"
-_ENGINE, _SPECULATION = EngineConfig(), SpeculationParams()  # the defaults
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SpeculationOptions:
-    """How tokens are drafted, of a request and of the engine as a whole."""
-
-    mode: SpeculationMode = option(
-        "exact: the very same answer, sooner. typical: the paper's acceptance, not lossless. "
-        "off: one token at a time.",
-        SPECULATION_PANEL,
-        default=_SPECULATION.mode,
-    )
-    source: DraftSourceName = option(
-        "What drafts: the heads, n-grams of the text so far (needs no heads), or both.",
-        SPECULATION_PANEL,
-        default=_SPECULATION.source,
-    )
-    tree: str = option(
-        "Draft tree: dynamic, static or a published one.", SPECULATION_PANEL, default=_SPECULATION.tree
-    )
-    tree_nodes: int | None = option(
-        "Tree nodes verified per step, root included.",
-        SPECULATION_PANEL,
-        default=_ENGINE.tree_nodes,
-        env="MEDUSA_TREE_NODES",
-        shown="what is fastest here",
-    )
-    static_tree: str | None = option(
-        "What tree 'static' is: a published name or a JSON file.",
-        SPECULATION_PANEL,
-        default=_ENGINE.static_tree,
-        env="MEDUSA_STATIC_TREE",
-        shown="grown for the heads",
-    )
-
-    @property
-    def params(self) -> SpeculationParams:
-        return SpeculationParams(mode=self.mode, source=self.source, tree=self.tree)
+# Options of an engine that does not speculate, or whose trees are what is being measured.
+PlainEngine = Annotated[EngineConfig, dataclass_options(EngineConfig, MODEL_PANEL)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +49,7 @@ class SamplingOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelOptions:
-    """Which model is loaded, and how it runs."""
+    """Which model is loaded."""
 
     model: str = option(
         "Model directory or Hub name.",
@@ -108,38 +65,6 @@ class ModelOptions:
         env="MEDUSA_HEADS",
         shown="those beside the model",
     )
-    dtype: str = option(
-        "auto, float32, bfloat16 or float16.", MODEL_PANEL, default=_ENGINE.dtype, env="MEDUSA_DTYPE"
-    )
-    device: str = option(
-        "auto, cpu, cuda or cuda:N.", MODEL_PANEL, default=_ENGINE.device, env="MEDUSA_DEVICE"
-    )
-    max_length: int | None = option(
-        "Tokens of conversation and answer together.",
-        MODEL_PANEL,
-        default=_ENGINE.max_length,
-        env="MEDUSA_MAX_LENGTH",
-        shown="the model's context, at most 4096",
-    )
-    chat_template: str | None = option(
-        "Built-in chat template (vicuna) or a Jinja file.",
-        MODEL_PANEL,
-        default=_ENGINE.chat_template,
-        env="MEDUSA_CHAT_TEMPLATE",
-        shown="the model's own",
-    )
-
-    def engine_config(self, speculation: SpeculationOptions | None = None) -> EngineConfig:
-        """Raises `ConfigError`."""
-        trees = speculation or _ENGINE
-        return EngineConfig(
-            dtype=self.dtype,
-            device=self.device,
-            max_length=self.max_length,
-            chat_template=self.chat_template,
-            tree_nodes=trees.tree_nodes,
-            static_tree=trees.static_tree,
-        )
 
     def load(self, config: EngineConfig, *, calibrated: bool = True) -> "Engine":
         """The engine for a command at a terminal, with a note on what is happening meanwhile."""

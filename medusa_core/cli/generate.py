@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from medusa_core.cli.engine_options import ModelOptions, SamplingOptions, SpeculationOptions
+from medusa_core.cli.engine_options import ModelOptions, SamplingOptions
 from medusa_core.cli.options import with_options
+from medusa_core.config import EngineConfig
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import option
-from medusa_core.sampling_params import SamplingParams, check_served
+from medusa_core.sampling_params import SamplingParams, SpeculationParams, check_served
 
 if TYPE_CHECKING:
     from medusa_core.engine.answer import Answer
@@ -45,14 +46,14 @@ def generate(
     options: GenerateOptions,
     model: ModelOptions,
     sampling: SamplingOptions,
-    speculation: SpeculationOptions,
+    speculation: SpeculationParams,
+    config: EngineConfig,
 ) -> None:
     """Answer one prompt and print the text as it comes."""
-    config = model.engine_config(speculation)
     text = sys.stdin.read() if prompt == "-" else prompt
     engine = model.load(config)
     params = sampling.params(engine.default_params())
-    params = replace(params, stop=options.stop, speculation=speculation.params)
+    params = replace(params, stop=options.stop, speculation=speculation)
     with engine.stream(options.prompt(text), params) as stream:
         for piece in stream:
             if not options.as_json:

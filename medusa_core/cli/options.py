@@ -46,13 +46,13 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def dataclass_options(kind: type) -> OptionGroup:
-    """The group of a dataclass: an option for each of its fields that is declared as one."""
+def dataclass_options(kind: type, panel: str | None = None) -> OptionGroup:
+    """The group of a dataclass: an option for each field declared as one, or for those of one panel."""
     hints = get_type_hints(kind)
     parameters = [
         parameter(spec.name, hints[spec.name], described, spec.default)
         for spec in fields(kind)
-        if (described := option_of(spec)) is not None
+        if (described := option_of(spec)) is not None and panel in (None, described.panel)
     ]
 
     def build(**values: Any) -> Any:
@@ -64,7 +64,6 @@ def dataclass_options(kind: type) -> OptionGroup:
 def parameter(name: str, kind: Any, described: Option, default: Any = MISSING) -> Parameter:
     """The parameter that typer makes one option of; without a default it is required."""
     flag = described.flag or f"--{name.replace('_', '-')}"
-    limits = described.limits
     declared = typer.Option(
         # A plain switch has no --no-... form; one that may be None has, to tell "off" from "not given".
         *([flag] if described.flag or kind is bool else []),
@@ -74,8 +73,8 @@ def parameter(name: str, kind: Any, described: Option, default: Any = MISSING) -
         show_default=described.shown,
         metavar=described.metavar,
         # What typer has no word for (above, below) the settings refuse all the same.
-        min=limits.least if math.isfinite(limits.least) else None,
-        max=limits.most if math.isfinite(limits.most) else None,
+        min=described.least if math.isfinite(described.least) else None,
+        max=described.most if math.isfinite(described.most) else None,
         dir_okay=described.path != "file",
         file_okay=described.path != "folder",
     )

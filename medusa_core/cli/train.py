@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_origin, get_type_hints
 
 from rich.console import Console
-from rich.table import Table
 
 from medusa_core.cli.options import OptionGroup, parameter, with_options
+from medusa_core.cli.output import figures, say
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import Option, option_of
 from medusa_core.training.config import TrainConfig
@@ -31,11 +31,7 @@ def _train_options() -> OptionGroup:
     hints = get_type_hints(TrainConfig)
     parameters = [parameter("config", Path | None, file, None)]
     parameters += [_parameter(spec, hints[spec.name]) for spec in fields(TrainConfig)]
-
-    def build(config: Path | None, **flags: Any) -> TrainConfig:
-        return resolve_config(flags, config)
-
-    return OptionGroup(tuple(parameters), build)
+    return OptionGroup(tuple(parameters), lambda config, **flags: resolve_config(flags, config))
 
 
 def _parameter(spec: Field[Any], hint: Any) -> "Parameter":
@@ -75,24 +71,17 @@ def train(settings: Annotated[TrainConfig, _train_options()]) -> None:
 
 
 def _show(report: "TrainReport", out: Path) -> None:
-    console = Console()
-    console.print(
-        f"{report.steps} steps, {report.seconds:.0f} s, {report.tokens_per_second:.0f} tokens/s: {out}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{report.steps} steps, {report.seconds:.0f} s, {report.tokens_per_second:.0f} tokens/s: {out}")
     if report.backbone_before is not None and report.backbone_after is not None:
-        console.print(
+        say(
             f"backbone, nats per held-out assistant token: {report.backbone_before:.4f} before, "
-            f"{report.backbone_after:.4f} after",
-            highlight=False,
+            f"{report.backbone_after:.4f} after"
         )
     if report.evaluation is None:
         return
-    table = Table(title=f"held-out tokens: {report.evaluation.targets}")
-    for name in ("head", "top-1 accuracy", "cross-entropy"):
-        table.add_column(name, justify="right")
+    columns = ("head", "top-1 accuracy", "cross-entropy")
+    table = figures(f"held-out tokens: {report.evaluation.targets}", columns)
     rows = zip(report.evaluation.accuracy, report.evaluation.loss, strict=True)
     for head, (accuracy, loss) in enumerate(rows, start=1):
         table.add_row(str(head), f"{accuracy:.3f}", f"{loss:.3f}")
-    console.print(table)
+    Console().print(table)

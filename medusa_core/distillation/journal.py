@@ -11,10 +11,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Self
 
 from medusa_core.errors import ConfigError, DataError
+from medusa_core.files import read_json, write_json
 
 Record = Mapping[str, Any]
 
@@ -39,9 +39,7 @@ class Journal:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         for file in (self._rows, self._dropped):
             os.fsync(file.fileno())
             file.close()
@@ -64,8 +62,7 @@ class Journal:
         else:
             _write_settings(self._settings, record)
         for file in (self._rows, self._dropped):
-            _cut_half_line(file)
-            self.done |= _seed_rows(file)
+            self.done |= _read_rows(file)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -92,26 +89,15 @@ def _append(file: BinaryIO, value: Record) -> None:
             raise DataError(f"cannot write {file.name}: {error.strerror}") from error
 
 
-def _cut_half_line(file: BinaryIO) -> None:
-    """Drop an incomplete last line, left by a killed run or a full disk."""
-    size = file.seek(0, os.SEEK_END)
-    keep = size
-    while keep > 0:
-        start = max(0, keep - 65536)
-        file.seek(start)
-        newline = file.read(keep - start).rfind(b"\n")
-        if newline >= 0:
-            keep = start + newline + 1
-            break
-        keep = start
-    if keep < size:
-        file.truncate(keep)
-
-
-def _seed_rows(file: BinaryIO) -> set[int]:
-    rows = set()
+def _read_rows(file: BinaryIO) -> set[int]:
+    """The seed rows in it; an incomplete last line, left by a killed run or a full disk, is cut off."""
+    rows, end = set(), 0
     with Path(file.name).open("rb") as lines:
         for number, line in enumerate(lines, start=1):
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            end += len(line)
             try:
                 rows.add(int(json.loads(line)["seed_row"]))
             except (ValueError, TypeError, LookupError, RecursionError) as error:
@@ -120,20 +106,15 @@ def _seed_rows(file: BinaryIO) -> set[int]:
 
 
 def _check_settings(path: Path, record: Record) -> None:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{path} is not the record of a run: {error}") from error
+    found = read_json(path, ConfigError)
+    names = [name for name in sorted({*record, *found}) if record.get(name) != found.get(name)]
     if names:
         changes = ", ".join(f"{name}: {found.get(name)!r} then, {record.get(name)!r} now" for name in names)
         raise ConfigError(f"{path} records other settings ({changes}): give another --out, or those settings")
 
 
 def _write_settings(path: Path, record: Record) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
     try:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_json(path, record)
     except OSError as error:
         raise DataError(f"cannot write {path}: {error.strerror}") from error

@@ -1,20 +1,17 @@
 """Reads seed dialogues and groups their messages into the turns to ask. Imports no torch."""
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 
 from medusa_core.errors import DataError
-from medusa_core.training.rows import Messages, read_messages, read_rows
+from medusa_core.text.rows import BadRows, Messages, read_messages, read_rows
 
 ROLES = ("system", "user", "assistant")
-REPORTED_ROWS = 20
 
 Message = dict[str, str]
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,20 +41,16 @@ def load_seeds(sources: Sequence[str | Path], *, limit: int | None = None, stric
     `strict` also if any row is not.
     """
     dialogues: list[SeedDialogue] = []
-    bad = 0
+    bad = BadRows(strict)
     rows = chain.from_iterable(read_rows(source) for source in sources)
     for number, row in enumerate(islice(rows, limit)):
         try:
             dialogues.append(SeedDialogue(number, row.place, _groups(read_messages(row.content))))
         except DataError as error:
-            if strict:
-                raise DataError(f"{row.place}: {error}") from error
-            bad += 1
-            if bad <= REPORTED_ROWS:
-                logger.warning("%s skipped: %s", row.place, error)
+            bad.add(row.place, error)
     if not dialogues:
         raise DataError(f"no usable seed dialogue in {', '.join(map(str, sources))}")
-    return Seeds(tuple(dialogues), bad)
+    return Seeds(tuple(dialogues), bad.count)
 
 
 def digest(sources: Sequence[str | Path]) -> list[dict[str, str]]:
@@ -84,7 +77,6 @@ def _groups(messages: Messages) -> tuple[tuple[Message, ...], ...]:
         if message["role"] not in ROLES:
             raise DataError(f"cannot ask a {message['role']!r} message, only {', '.join(ROLES)}")
         if message["role"] != "assistant":
-            _check_text(message["content"])
             waiting.append(message)
         elif waiting and waiting[-1]["role"] == "user":
             groups.append(tuple(waiting))
@@ -94,10 +86,3 @@ def _groups(messages: Messages) -> tuple[tuple[Message, ...], ...]:
     if not groups:
         raise DataError("no user message to answer")
     return tuple(groups)
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise DataError("half a surrogate pair, which is not valid Unicode") from None

@@ -1,15 +1,17 @@
 """Settings of `medusa distill`, validated. Their defaults are defined here only."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medusa_core.config import SAMPLING_PANEL
 from medusa_core.errors import ConfigError
 from medusa_core.option_field import check_limits, option
 from medusa_core.sampling_params import MAX_SEED, MAX_TEMPERATURE
 
 PAPER_TEMPERATURE = 0.3  # Medusa paper §2.3.2 and the reference's generator, as is the length
 PAPER_MAX_TOKENS = 2048
+LONGEST = 1e6  # seconds
+ENDPOINT_PANEL = "Endpoint"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +37,7 @@ class DistillSettings:
         "0 is greedy; the Medusa paper's is 0.3.", default=PAPER_TEMPERATURE, least=0, most=MAX_TEMPERATURE
     )
     top_p: float | None = option(
-        "Nucleus sampling; 1 is off.", "Sampling", default=None, shown="the model's", above=0, most=1
+        "Nucleus sampling; 1 is off.", SAMPLING_PANEL, default=None, shown="the model's", above=0, most=1
     )
     seed: int = option("Repeats sampled answers.", default=0, least=0)
     strict: bool = option("A row that cannot be used ends the run.", default=False)
@@ -62,20 +64,23 @@ class EndpointSettings:
     url: str
     model: str
     api_key: str | None = field(default=None, repr=False)
-    attempts: int = 6
-    retry_delay: float = 1.0
-    timeout: float = 600.0
+    attempts: int = option("Tries of a request.", ENDPOINT_PANEL, default=6, least=1)
+    retry_delay: float = option(
+        "Seconds before the first retry; they double with each.",
+        ENDPOINT_PANEL,
+        default=1.0,
+        above=0,
+        most=LONGEST,
+    )
+    timeout: float = option(
+        "Seconds without a byte of an answer.", ENDPOINT_PANEL, default=600.0, above=0, most=LONGEST
+    )
 
     def __post_init__(self) -> None:
         if not self.url.startswith(("http://", "https://")):
             raise ConfigError(f"endpoint must be an http:// or https:// address, not {self.url!r}")
         if not self.model:
             raise ConfigError("endpoint model must have a name: the one the endpoint serves it by")
-        if self.attempts < 1:
-            raise ConfigError(f"attempts must be at least 1, not {self.attempts}")
-        for name in ("retry_delay", "timeout"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0.0):
-                raise ConfigError(f"{name} must be above 0 seconds, not {value}")
+        check_limits(self)
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.isprintable()):
             raise ConfigError("the API key must be printable ASCII, as HTTP headers are")

@@ -158,13 +158,7 @@ class Engine:
 
     def default_params(self) -> SamplingParams:
         """Sampling as the model's `generation_config.json` asks for."""
-        defaults = self.chat_tokenizer.generation_defaults
-        given = {
-            name: getattr(defaults, name)
-            for name in ("temperature", "top_p", "top_k", "min_p")
-            if getattr(defaults, name) is not None
-        }
-        return SamplingParams(**given)
+        return self.chat_tokenizer.default_params
 
     def add(self, request: Request) -> None:
         """Give a request a slot. `RequestError` (also `CapacityError`) or `TreeError` leave all as it was."""

@@ -1,6 +1,7 @@
 """Device and dtype of an engine: resolves "auto" and checks what was asked for."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from medusa_core.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 ROOT = Path("/")
+DEVICE_NAME = re.compile(r"(cpu|cuda)(:\d{1,2})?")
 NATIVE_BF16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16 ")  # Linux /proc/cpuinfo; the last is ARM's
 
 
@@ -22,12 +24,9 @@ def resolve_device(name: str) -> torch.device:
         if not torch.cuda.is_available():
             return torch.device("cpu")
         name = f"cuda:{index}" if index else "cuda"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
+    if not DEVICE_NAME.fullmatch(name):
         raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, not {name!r}")
+    device = torch.device(name)
     if device.type == "cuda":
         _check_cuda(device)
     return device

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from medusa_core.checkpoints import fetch_beside, find_heads, load_heads
+from medusa_core.checkpoints.head_files import fetch_beside, find_heads
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration
 from medusa_core.draft.heads import DraftHeads

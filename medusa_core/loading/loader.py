@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_core.checkpoints import describe_files
+from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, default_calibration
 from medusa_core.draft.heads import DraftHeads

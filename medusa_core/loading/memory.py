@@ -16,7 +16,13 @@ from medusa_core.draft.tree_size import scratch_rows
 from medusa_core.errors import ConfigError
 from medusa_core.loading.free_memory import free_memory
 from medusa_core.loading.heads import load_static_tree
-from medusa_core.loading.meta_model import MetaBackbone, MetaHeads, build_meta_backbone, build_meta_heads
+from medusa_core.loading.meta_model import (
+    MetaBackbone,
+    MetaHeads,
+    build_meta_backbone,
+    build_meta_heads,
+    held_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -70,37 +76,25 @@ def check_memory(
     built = None
     if heads is not None:
         built = build_meta_heads(heads, backbone, vocab_size=vocab_size, dtype=dtype)
-    own_heads = None if built is None else built.heads
-    static_tree = load_static_tree(config.static_tree, own_heads)
-    need = memory_need(
-        backbone,
-        built,
-        config,
-        context=resolve_context_length(config.max_length, backbone.max_positions),
-        scratch=scratch_rows(own_heads, static_tree, config.tree_nodes),
-        device=device,
-    )
+    need = memory_need(backbone, built, config, device)
     logger.info("%s GiB of memory needed on %s (%s), %s free", gib(need.total), device, need, gib(free))
     check_fits(need, free, device, dtype)
 
 
 def memory_need(
-    backbone: MetaBackbone,
-    heads: MetaHeads | None,
-    config: EngineConfig,
-    *,
-    context: int,
-    scratch: int,
-    device: torch.device,
+    backbone: MetaBackbone, heads: MetaHeads | None, config: EngineConfig, device: torch.device
 ) -> MemoryNeed:
     """Bytes an engine of these parts takes on the device."""
-    dtype = backbone.model.dtype
-    draft_cache = heads.heads.cache_shape if heads is not None else None
+    context = resolve_context_length(config.max_length, backbone.max_positions)
+    scratch = scratch_rows(heads, load_static_tree(config.static_tree, heads), config.tree_nodes)
+    shared = backbone.model.get_output_embeddings().weight
+    own = () if heads is None else (*heads.parameters(), *heads.buffers())
+    caches = (backbone.cache_shape, None if heads is None else heads.cache_shape)
     return MemoryNeed(
         weights=backbone.weight_bytes,
-        heads=0 if heads is None else heads.weight_bytes,
+        heads=held_bytes(own, apart_from=(shared,)),
         headroom=_headroom(backbone, config, context + scratch, device),
-        per_token=sum(shape.bytes_per_token(dtype) for shape in (backbone.cache_shape, draft_cache) if shape),
+        per_token=sum(shape.bytes_per_token(backbone.model.dtype) for shape in caches if shape),
         slots=config.slots,
         context=context,
         scratch=scratch,

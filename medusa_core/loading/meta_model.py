@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.hydra import HydraHeads
+from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import CheckpointError
 from medusa_core.loading.heads import load_heads_for
 from medusa_core.model.backbone import LOADING_FAILURES, max_positions, probe_cache_shape, quiet_transformers
@@ -21,6 +22,8 @@ from medusa_core.model.kv_cache import CacheShape
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
+
+MetaHeads = MedusaHeads | HydraHeads  # on the meta device
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,6 @@ class MetaBackbone:
     def output_rows(self) -> int:
         """Rows of the output layer, padding included."""
         return len(self.model.get_output_embeddings().weight)
-
-
-@dataclass(frozen=True, slots=True)
-class MetaHeads:
-    """Draft heads on the meta device. `weight_bytes` excludes what they share with the backbone."""
-
-    heads: DraftHeads
-    weight_bytes: int
 
 
 def build_meta_backbone(model: str | Path, dtype: torch.dtype) -> MetaBackbone | None:
@@ -81,9 +76,7 @@ def build_meta_heads(
 ) -> MetaHeads:
     """The heads their files describe. Raises `CheckpointError` where loading them would."""
     rows = min(vocab_size, backbone.output_rows)
-    heads = load_heads_for(backbone.model, source, vocab_size=rows, dtype=dtype, device=META)
-    shared = backbone.model.get_output_embeddings().weight
-    return MetaHeads(heads, held_bytes((*heads.parameters(), *heads.buffers()), apart_from=(shared,)))
+    return load_heads_for(backbone.model, source, vocab_size=rows, dtype=dtype, device=META)
 
 
 def held_bytes(tensors: Iterable[Tensor], *, apart_from: Iterable[Tensor] = ()) -> int:

@@ -36,12 +36,12 @@ class LoadProgress:
                 self._on_stage(text)
 
     @contextlib.contextmanager
-    def counting_weights(self, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Report every `every` seconds how many tensors transformers has read, in place of its own bar."""
+    def counting_weights(self) -> Iterator[None]:
+        """Report every `WATCH_SECONDS` how many tensors transformers has read, in place of its own bar."""
 
         def hook(bar: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             is_weights = kwargs.get("desc") == WEIGHTS_BAR and args and isinstance(args[0], Sized)
-            return self._counted(args[0], every) if is_weights else bar(*args, **kwargs)
+            return self._counted(args[0]) if is_weights else bar(*args, **kwargs)
 
         previous = transformers_logging.set_tqdm_hook(hook)
         try:
@@ -49,24 +49,24 @@ class LoadProgress:
         finally:
             transformers_logging.set_tqdm_hook(previous)
 
-    def _counted(self, tensors: Any, every: float) -> Iterator[Any]:
+    def _counted(self, tensors: Any) -> Iterator[Any]:
         reported = time.monotonic()
         for number, tensor in enumerate(tensors):
             yield tensor
-            if time.monotonic() - reported >= every:
+            if time.monotonic() - reported >= WATCH_SECONDS:
                 reported = time.monotonic()
                 self.enter(f"{number + 1} of {len(tensors)} tensors read")
 
     @contextlib.contextmanager
-    def downloading(self, name: str | Path, *, every: float = WATCH_SECONDS) -> Iterator[None]:
-        """Report every `every` seconds how much of a Hub repository is downloaded, while that grows."""
+    def downloading(self, name: str | Path) -> Iterator[None]:
+        """Report every `WATCH_SECONDS` how much of a Hub repository is downloaded, while that grows."""
         folder = _hub_folder(name)
         if folder is None:
             yield
             return
         done = threading.Event()
         watch = threading.Thread(
-            target=self._watch, args=(str(name), folder, every, done), name="download-watch", daemon=True
+            target=self._watch, args=(str(name), folder, done), name="download-watch", daemon=True
         )
         watch.start()
         try:
@@ -75,9 +75,9 @@ class LoadProgress:
             done.set()
             watch.join()
 
-    def _watch(self, name: str, folder: Path, every: float, done: threading.Event) -> None:
+    def _watch(self, name: str, folder: Path, done: threading.Event) -> None:
         known = _size(folder)
-        while not done.wait(every):
+        while not done.wait(WATCH_SECONDS):
             size = _size(folder)
             if size > known:
                 self.enter(f"downloading {name}: {size / GIB:.2f} GiB so far")

@@ -16,11 +16,16 @@ class TextAssembler:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, stops: Sequence[str] = ()) -> None:
         self._detokenizer = IncrementalDetokenizer(tokenizer)
-        self._stops = StopMatcher(stops) if stops else None
-        self.is_stopped = False
+        self._stops = StopMatcher(stops)
+        self._whole_runs = not stops
         self.num_tokens = 0
         self.decode_steps = 0
         self.decode_tokens = 0
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a stop string ended the answer."""
+        return self._stops.is_hit
 
     @property
     def acceptance_length(self) -> float | None:
@@ -38,17 +43,10 @@ class TextAssembler:
 
     def finish(self) -> str:
         """What was held back, once no token follows."""
-        if self.is_stopped:
-            return ""
-        text = self._detokenizer.flush()
-        if self._stops is None:
-            return text
-        result = self._stops.push(text)
-        self.is_stopped = result.hit
-        return result.text + self._stops.flush()
+        return self._stops.push(self._detokenizer.flush()) + self._stops.flush()
 
     def _push(self, token_ids: Sequence[int]) -> str:
-        if self._stops is None:
+        if self._whole_runs:
             self.num_tokens += len(token_ids)
             return self._detokenizer.push(token_ids)
         # One by one, so that neither text nor counts depend on how the tokens were grouped.
@@ -57,7 +55,5 @@ class TextAssembler:
             if self.is_stopped:
                 break
             self.num_tokens += 1
-            result = self._stops.push(self._detokenizer.push((token_id,)))
-            pieces.append(result.text)
-            self.is_stopped = result.hit
+            pieces.append(self._stops.push(self._detokenizer.push((token_id,))))
         return "".join(pieces)

@@ -1,11 +1,8 @@
 """Incremental detokenizer and stop-string matcher, one object per answer. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
-
-from medusa_core.errors import ConfigError
 
 REPLACEMENT = "\ufffd"  # what a decoder puts where bytes are not (yet) UTF-8
 MAX_PENDING = 3  # tokens of at least one byte each that an incomplete character can consist of
@@ -69,14 +66,6 @@ class IncrementalDetokenizer:
         return delta
 
 
-@dataclass(frozen=True, slots=True)
-class StopResult:
-    """`text` can be shown; `hit` says that a stop string followed it and the answer is over."""
-
-    text: str
-    hit: bool
-
-
 class StopMatcher:
     """Cuts a stream of text before the first stop string.
 
@@ -86,24 +75,22 @@ class StopMatcher:
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        if not all(stops):
-            raise ConfigError("a stop string must not be empty")
         self._stops = tuple(stops)
         self._held = ""
-        self._hit = False
+        self.is_hit = False  # a stop string followed the text so far: the answer is over
 
-    def push(self, text: str) -> StopResult:
+    def push(self, text: str) -> str:
         """The part of the text so far that is certain; after a hit nothing more."""
-        if self._hit:
-            return StopResult("", True)
+        if self.is_hit:
+            return ""
         buffer = self._held + text
         starts = [(start + len(stop), start) for stop in self._stops if (start := buffer.find(stop)) >= 0]
         if starts:
-            self._hit, self._held = True, ""
-            return StopResult(buffer[: min(starts)[1]], True)
+            self.is_hit, self._held = True, ""
+            return buffer[: min(starts)[1]]
         keep = max((_overlap(buffer, stop) for stop in self._stops), default=0)
         self._held = buffer[len(buffer) - keep :]
-        return StopResult(buffer[: len(buffer) - keep], False)
+        return buffer[: len(buffer) - keep]
 
     def flush(self) -> str:
         """What was held back: the answer ended before it became a stop string."""

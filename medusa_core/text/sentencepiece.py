@@ -132,15 +132,11 @@ def _build_decoder(proto: Any) -> decoders.Decoder:
 
 def _special_names(proto: Any, config: Mapping[str, Any]) -> dict[str, str]:
     spec = proto.trainer_spec
-    names = {
-        "bos_token": spec.bos_piece if spec.bos_id >= 0 else None,
-        "eos_token": spec.eos_piece if spec.eos_id >= 0 else None,
-        "unk_token": spec.unk_piece if spec.unk_id >= 0 else None,
-        "pad_token": spec.pad_piece if spec.pad_id >= 0 else None,
-    }
+    names = {}
     for name in SPECIAL_NAMES:
-        value = config.get(name)
-        names[name] = (value["content"] if isinstance(value, Mapping) else value) or names[name]
+        kind, value = name.removesuffix("_token"), config.get(name)
+        own = getattr(spec, f"{kind}_piece") if getattr(spec, f"{kind}_id") >= 0 else None
+        names[name] = (value["content"] if isinstance(value, Mapping) else value) or own
     return {name: value for name, value in names.items() if value}
 
 

@@ -4,7 +4,6 @@
 tokenizes too, and it must start fast and hold no accelerator.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,45 +15,22 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jinja2 import TemplateError, TemplateSyntaxError
 from transformers import PreTrainedTokenizerFast
 
-from medusa_core.errors import ConfigError, TokenizerError
+from medusa_core.errors import ConfigError, TokenizerError, first_line
+from medusa_core.files import read_json
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.sentencepiece import convert_sentencepiece
 
 TEMPLATES = Path(__file__).parent / "templates"
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 # Everything but weights: enough to tokenize for a model that runs elsewhere.
-TOKENIZER_FILES = [
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "config.json",
-    "generation_config.json",
-    "*.jinja",
-]
+TOKENIZER_FILES = ["tokenizer*", "special_tokens_map.json", "added_tokens.json", "*config.json", "*.jinja"]
 # A template is the model author's code run on a user's messages: these are its ways to fail on bad ones.
 TEMPLATE_FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GenerationDefaults:
-    """Sampling values recommended in `generation_config.json`; None if unspecified.
-
-    As in transformers, sampling values count only with `do_sample: true`, and an explicit `do_sample: false`
-    is greedy decoding (temperature 0). Unlike there, a value that is not in the file has no hidden default
-    (transformers would apply top-k 50).
-    """
-
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-
-
 @dataclass(frozen=True, slots=True)
 class ChatTokenizer:
-    """A tokenizer with its chat template, end-of-sequence ids and generation defaults.
+    """A tokenizer with its chat template, end-of-sequence ids and the model's own sampling.
 
     `vocab_size` is the greatest id plus one, which may be less than the model's padded vocabulary. Safe to
     share between threads.
@@ -63,7 +39,7 @@ class ChatTokenizer:
     tokenizer: PreTrainedTokenizerFast
     eos_token_ids: frozenset[int]
     vocab_size: int
-    generation_defaults: GenerationDefaults
+    default_params: SamplingParams
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of the conversation in the chat template's format, ready for the assistant's turn.
@@ -71,13 +47,16 @@ class ChatTokenizer:
         The template alone decides about special tokens such as BOS. Raises TokenizerError with the
         template's own words if it refuses the messages.
         """
-        if self.tokenizer.chat_template is None:
-            raise TokenizerError(_NO_TEMPLATE)
+        return self._encode(self.render_text(messages), special=False)
+
+    def render_text(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = True
+    ) -> str:
+        """The conversation in the chat template's format. Raises `TokenizerError` if it refuses it."""
         try:
-            text = _render_template(self.tokenizer, messages)
+            return _render_template(self.tokenizer, messages, add_generation_prompt)
         except TEMPLATE_FAILURES as error:
             raise TokenizerError(f"the chat template refuses these messages: {error}") from error
-        return self._encode(text, special=False)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text, with the special tokens the tokenizer puts around it (BOS)."""
@@ -100,19 +79,16 @@ class ChatTokenizer:
         return ids
 
 
-def load_chat_tokenizer(
-    model: str | Path, chat_template: str | None = None, *, require_template: bool = True
-) -> ChatTokenizer:
+def load_chat_tokenizer(model: str | Path, chat_template: str | None = None) -> ChatTokenizer:
     """Load from a local directory, which never touches the network, or by Hub name.
 
     `chat_template` is the name of a built-in template or the path of a Jinja file; None takes the model's
-    own, or Vicuna's for a model of that name. Raises TokenizerError if there is no usable tokenizer or, with
-    `require_template`, no template.
+    own, or Vicuna's for a model of that name. Raises TokenizerError if there is no usable tokenizer or
+    template.
     """
     directory = _locate(model)
-    config = _read_json(directory / "special_tokens_map.json") | _read_json(
-        directory / "tokenizer_config.json"
-    )
+    names = ("special_tokens_map.json", "tokenizer_config.json")
+    config = _optional_json(directory / names[0]) | _optional_json(directory / names[1])
     tokenizer = _load_tokenizer(directory, config)
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
@@ -120,15 +96,15 @@ def load_chat_tokenizer(
         tokenizer.chat_template = read_template(chat_template)
     elif tokenizer.chat_template is None and "vicuna" in Path(model).resolve().name.lower():
         tokenizer.chat_template = read_template("vicuna")
-    if require_template and tokenizer.chat_template is None:
-        raise TokenizerError(f"{model}: {_NO_TEMPLATE}")
+    if tokenizer.chat_template is None:
+        raise TokenizerError(f"{model}: the model has no chat template. {_TEMPLATE_REMEDY}")
     _check_template(tokenizer)
-    generation = _read_json(directory / "generation_config.json")
+    generation = _optional_json(directory / "generation_config.json")
     return ChatTokenizer(
         tokenizer=tokenizer,
-        eos_token_ids=_eos_ids(tokenizer, generation or _read_json(directory / "config.json")),
+        eos_token_ids=_eos_ids(tokenizer, generation or _optional_json(directory / "config.json")),
         vocab_size=max(tokenizer.get_vocab().values()) + 1,
-        generation_defaults=_generation_defaults(generation),
+        default_params=_default_params(generation),
     )
 
 
@@ -153,7 +129,6 @@ _TEMPLATE_REMEDY = (
     f"Set MEDUSA_CHAT_TEMPLATE (--chat-template) to a built-in name ({', '.join(builtin_templates())}) "
     "or to the path of a Jinja file"
 )
-_NO_TEMPLATE = f"the model has no chat template. {_TEMPLATE_REMEDY}"
 
 
 def _locate(model: str | Path) -> Path:
@@ -166,9 +141,8 @@ def _locate(model: str | Path) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=TOKENIZER_FILES))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise TokenizerError(
-            f"{model!r} is neither a local directory nor a model the Hub provides: {reason}"
+            f"{model!r} is neither a local directory nor a model the Hub provides: {first_line(error)}"
         ) from error
 
 
@@ -193,8 +167,6 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
 
     A template that refuses these two conversations may accept others.
     """
-    if tokenizer.chat_template is None:
-        return
     texts = set()
     for content in ("Hello", "Goodbye"):
         try:
@@ -212,10 +184,12 @@ def _check_template(tokenizer: PreTrainedTokenizerFast) -> None:
         )
 
 
-def _render_template(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]]) -> str:
-    """The conversation's text up to the assistant's turn. Raises one of `TEMPLATE_FAILURES`."""
+def _render_template(
+    tokenizer: PreTrainedTokenizerFast, messages: Sequence[Mapping[str, str]], add_prompt: bool = True
+) -> str:
+    """The conversation's text, up to the assistant's turn. Raises one of `TEMPLATE_FAILURES`."""
     turns = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    return str(tokenizer.apply_chat_template(turns, add_generation_prompt=add_prompt, tokenize=False))
 
 
 def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> frozenset[int]:
@@ -225,11 +199,15 @@ def _eos_ids(tokenizer: PreTrainedTokenizerFast, config: Mapping[str, Any]) -> f
     return frozenset(i for i in ids if isinstance(i, int))
 
 
-def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
-    if config.get("do_sample") is False:
-        return GenerationDefaults(temperature=0.0)
+def _default_params(config: Mapping[str, Any]) -> SamplingParams:
+    """Sampling as `generation_config.json` recommends it.
+
+    As in transformers, its values count only with `do_sample: true`, and an explicit `do_sample: false` is
+    greedy decoding. Unlike there, a value that is not in the file has no hidden default (transformers would
+    apply top-k 50).
+    """
     if not config.get("do_sample"):
-        return GenerationDefaults()
+        return SamplingParams(temperature=0.0) if config.get("do_sample") is False else SamplingParams()
     names = ("temperature", "top_p", "top_k", "min_p")
     values = {name: config[name] for name in names if config.get(name) is not None}
     for name, value in values.items():
@@ -238,20 +216,10 @@ def _generation_defaults(config: Mapping[str, Any]) -> GenerationDefaults:
     if isinstance(values.get("top_k"), float):
         raise TokenizerError(f"generation_config.json: top_k must be a whole number, not {values['top_k']}")
     try:
-        SamplingParams(**values)
+        return SamplingParams(**values)
     except ConfigError as error:
         raise TokenizerError(f"generation_config.json: {error}") from error
-    return GenerationDefaults(**values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, empty if there is no such file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise TokenizerError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} must hold a JSON object")
-    return value
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path, TokenizerError) if path.exists() else {}

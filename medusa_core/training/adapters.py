@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -43,11 +44,7 @@ def prepare(model: PreTrainedModel, config: TrainConfig) -> Tuned:
         enable({"use_reentrant": False})
     if config.tune == Tune.FULL:
         model.float().requires_grad_(True)
-
-        def as_it_is(dtype: torch.dtype) -> PreTrainedModel:
-            return _cast(model, dtype)
-
-        return Tuned(as_it_is)
+        return Tuned(partial(_cast, model))
     return _with_adapters(model, config)
 
 

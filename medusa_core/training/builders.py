@@ -1,6 +1,7 @@
 """Builds what a run needs from its configuration: backbone, heads, and the module to optimize."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,6 @@ from medusa_core.training.adapters import Tuned
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example
 from medusa_core.training.joint import JointModule
-from medusa_core.training.loss import CHUNK_ELEMENTS
 from medusa_core.training.memory import MemoryShape, estimate_memory
 from medusa_core.training.module import HeadModule
 from medusa_core.training.quantization import quantize
@@ -52,31 +52,22 @@ def build_heads(
     token_map = None
     if config.draft_vocab is not None:
         token_map = frequent_tokens(examples, config.draft_vocab, backbone.vocab_size).to(backbone.device)
-    vocab_size = backbone.vocab_size if token_map is None else len(token_map)
-    lm_head_weight = backbone.lm_head_weight.float()
+    sizes: dict[str, Any] = {
+        "num_heads": config.num_heads,
+        "num_layers": config.num_layers,
+        "hidden_size": backbone.hidden_size,
+        "vocab_size": backbone.vocab_size if token_map is None else len(token_map),
+    }
+    outputs: dict[str, Any] = {
+        "lm_head_weight": backbone.lm_head_weight.float(),
+        "shared": config.shared_output,
+        "token_map": token_map,
+    }
     if not config.is_hydra:
-        return MedusaHeads.new(
-            hidden_size=backbone.hidden_size,
-            vocab_size=vocab_size,
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            lm_head_weight=lm_head_weight,
-            shared=config.shared_output,
-            token_map=token_map,
-        )
+        return MedusaHeads.new(**sizes, **outputs)
+    prefix = _prefix_layer(backbone, examples) if config.recipe == Recipe.HYDRA_PLUS else None
     return HydraHeads.new(
-        HydraShape(
-            num_heads=config.num_heads,
-            num_layers=config.num_layers,
-            hidden_size=backbone.hidden_size,
-            vocab_size=vocab_size,
-        ),
-        lm_head_weight=lm_head_weight,
-        embed=backbone.embed,
-        prefix=_prefix_layer(backbone, examples) if config.recipe == Recipe.HYDRA_PLUS else None,
-        shared=config.shared_output,
-        token_map=token_map,
-        dropout=config.dropout,
+        HydraShape(**sizes), embed=backbone.embed, prefix=prefix, dropout=config.dropout, **outputs
     )
 
 
@@ -108,7 +99,6 @@ def peak_bytes(config: TrainConfig, backbone: Backbone, heads: MedusaHeads) -> i
         output_rows=heads.vocab_size,
         tokens=config.batch_size * config.sequence_length,
         itemsize=backbone.dtype.itemsize,
-        chunk_elements=CHUNK_ELEMENTS,
         has_output=not heads.is_shared,
     )
     return estimate_memory(shape).peak
@@ -128,11 +118,7 @@ def _given_heads(config: TrainConfig, backbone: Backbone) -> MedusaHeads:
     assert config.heads is not None
     source = heads_source(config.model, config.heads) or config.heads
     heads = load_heads_for(
-        backbone.model,
-        source,
-        vocab_size=backbone.vocab_size,
-        dtype=torch.float32,
-        device=backbone.device,
+        backbone.model, source, vocab_size=backbone.vocab_size, dtype=torch.float32, device=backbone.device
     )
     if not isinstance(heads, MedusaHeads):
         raise ConfigError(f"{config.heads} holds Hydra heads; training starts from Medusa heads only")

@@ -179,28 +179,29 @@ class TrainConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        clashes = {
-            "noise and dropout are for recipes hydra and hydra++": not self.is_hydra
-            and (self.noise > 0 or self.dropout > 0),
-            "heads to start from are Medusa heads: recipes medusa-1 and medusa-2": self.is_hydra
-            and self.heads is not None,
-            "quantize needs a frozen backbone: not with recipe medusa-2": self.is_joint
-            and self.quantize is not None,
-            "shared_output needs a frozen output layer: not with tune full": (
-                self.is_joint and self.tune == Tune.FULL and self.shared_output
+        joint, hydra, full = self.is_joint, self.is_hydra, self.tune == Tune.FULL
+        noisy = self.noise > 0 or self.dropout > 0
+        fresh = self.heads is None
+        two_stages = joint and self.joint == JointMode.TWO_STAGE and fresh
+        clashes = (
+            (noisy and not hydra, "noise and dropout are for recipes hydra and hydra++"),
+            (hydra and not fresh, "heads to start from are Medusa heads: recipes medusa-1 and medusa-2"),
+            (joint and self.quantize, "quantize needs a frozen backbone: not with recipe medusa-2"),
+            (
+                joint and full and self.shared_output,
+                "shared_output needs a frozen output layer: not with tune full",
             ),
-            "self_distill is for recipe medusa-2": self.self_distill and not self.is_joint,
-            "self_distill with tune full would need a second copy of the backbone: use tune lora": (
-                self.self_distill and self.tune == Tune.FULL
+            (self.self_distill and not joint, "self_distill is for recipe medusa-2"),
+            (
+                self.self_distill and full,
+                "self_distill with tune full would need a second copy of the backbone: use tune lora",
             ),
-            "gradient_checkpointing is for recipe medusa-2: elsewhere the backbone runs forwards only": (
-                self.gradient_checkpointing and not self.is_joint
+            (
+                self.gradient_checkpointing and not joint,
+                "gradient_checkpointing is for recipe medusa-2: elsewhere the backbone runs forwards only",
             ),
-            "max_steps must be at least 2 for two stages": self.is_joint
-            and self.joint == JointMode.TWO_STAGE
-            and self.heads is None
-            and self.max_steps == 1,
-        }
-        for reason, is_wrong in clashes.items():
+            (two_stages and self.max_steps == 1, "max_steps must be at least 2 for two stages"),
+        )
+        for is_wrong, reason in clashes:
             if is_wrong:
                 raise ConfigError(reason)

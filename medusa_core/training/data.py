@@ -14,30 +14,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medusa_core.errors import DataError
-from medusa_core.text.tokenizer import TEMPLATE_FAILURES, ChatTokenizer
-from medusa_core.training.rows import Messages, read_dialogue, read_rows
+from medusa_core.errors import DataError, TokenizerError
+from medusa_core.text.rows import BadRows, Messages, read_dialogue, read_rows
+from medusa_core.text.tokenizer import ChatTokenizer
 
 NO_TARGET = -100  # transformers counts other labels to average the loss over accumulated batches
-REPORTED_ROWS = 20
 ENCODE_BATCH = 1024
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class BadRows:
-    """Counts rows that cannot be used; logs the first of them, or raises with `strict`."""
-
-    strict: bool
-    count: int = 0
-
-    def add(self, place: str, reason: str) -> None:
-        if self.strict:
-            raise DataError(f"{place}: {reason}")
-        self.count += 1
-        if self.count <= REPORTED_ROWS:
-            logger.warning("%s skipped: %s", place, reason)
 
 
 @dataclass(slots=True)
@@ -88,15 +72,15 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     """The dialogue in the chat template's format, assistant turns marked.
 
     One text for most templates. A template that rewrites earlier turns (say, drops their reasoning) gives a
-    text for each state the dialogue was in when the assistant spoke. Raises `DataError` if the template
-    refuses it.
+    text for each state the dialogue was in when the assistant spoke. Raises `TokenizerError` if the
+    template refuses it, `DataError` if it renders turns otherwise than it prompts for them.
     """
     texts: list[Rendered] = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index == 0:  # opening words answer nothing, and have no prompt
             continue
-        prompt = _apply_template(chat, messages[:index], add_generation_prompt=True)
-        full = _apply_template(chat, messages[: index + 1], add_generation_prompt=False)
+        prompt = chat.render_text(messages[:index])
+        full = chat.render_text(messages[: index + 1], add_generation_prompt=False)
         if not full.startswith(prompt):
             raise DataError("the chat template's generation prompt is not how it renders an assistant turn")
         if not texts or not prompt.startswith(texts[-1].text):
@@ -106,26 +90,12 @@ def render_turns(messages: Messages, chat: ChatTokenizer) -> list[Rendered]:
     return texts
 
 
-def _apply_template(chat: ChatTokenizer, messages: Messages, *, add_generation_prompt: bool) -> str:
-    try:
-        text = chat.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TEMPLATE_FAILURES as error:
-        raise DataError(f"the chat template refuses it: {error}") from error
-    return str(text)
-
-
 def _rendered_rows(sources: Iterable[str | Path], chat: ChatTokenizer, bad: BadRows) -> Iterator[Rendered]:
     for row in (row for source in sources for row in read_rows(source)):
         try:
-            texts = render_turns(read_dialogue(row.content), chat)
-            for rendered in texts:
-                rendered.text.encode()
-        except (DataError, UnicodeEncodeError) as error:
-            bad.add(row.place, str(error))
-        else:
-            yield from texts
+            yield from render_turns(read_dialogue(row.content), chat)
+        except (DataError, TokenizerError) as error:
+            bad.add(row.place, error)
 
 
 def _encode(texts: Sequence[Rendered], chat: ChatTokenizer, sequence_length: int) -> Iterator[Example]:

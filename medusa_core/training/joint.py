@@ -70,10 +70,7 @@ class JointModule(HeadModule):
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, E] after the final norm, differentiable."""
         with self._autocast():
-            hidden: Tensor = self.model.base_model(
-                input_ids=input_ids, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
-        return hidden.to(self._dtype)
+            return self.states(input_ids, position_ids).to(self._dtype)
 
     def backbone_loss(self, hidden_BSE: Tensor, labels: Tensor, original_BSE: Tensor | None = None) -> Tensor:
         """Cross-entropy with the data, or KL divergence from the original, summed over assistant tokens."""

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = (
-    1 << 21
-)  # float32 logits of one head and chunk: 8 MiB, which caches hold; fastest of 2^20 to 2^23
+# Float32 logits of one head and chunk: 8 MiB, which caches hold; fastest of 2^20 to 2^23.
+CHUNK_ELEMENTS = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +68,10 @@ class TeacherTargets:
 
 
 @torch.no_grad()
-def teacher_entropy(teacher: TeacherTargets, chunk_elements: int = CHUNK_ELEMENTS) -> Tensor:
+def teacher_entropy(teacher: TeacherTargets) -> Tensor:
     """Entropy in nats, summed over N: what cross-entropy with the teacher exceeds the KL divergence by."""
     total = torch.zeros((), device=teacher.hidden_NE.device)
-    size = max(1, chunk_elements // len(teacher.lm_head_VE))
+    size = max(1, CHUNK_ELEMENTS // len(teacher.lm_head_VE))
     for start in range(0, len(teacher.hidden_NE), size):
         total += torch.special.entr(teacher.probabilities(slice(start, start + size))).sum()
     return total
@@ -84,7 +83,6 @@ def head_losses(
     targets: Tensor | TeacherTargets,
     weight_KN: Tensor,
     bias_KV: Tensor | None = None,
-    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> Tensor:
     """Weighted sum over N of each head's cross-entropy in nats: float32 [K], differentiable.
 
@@ -92,9 +90,7 @@ def head_losses(
     E], whose biases `bias_KV` are. `targets`: token ids [N] (below V, else the target is not counted) or a
     teacher.
     """
-    losses: Tensor = _ChunkedCrossEntropy.apply(
-        features_KNE, output, bias_KV, targets, weight_KN, chunk_elements
-    )
+    losses: Tensor = _ChunkedCrossEntropy.apply(features_KNE, output, bias_KV, targets, weight_KN)
     return losses
 
 
@@ -109,7 +105,6 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         bias_KV: Tensor | None,
         targets: Tensor | TeacherTargets,
         weight_KN: Tensor,
-        chunk_elements: int,
     ) -> Tensor:
         num_heads, num_targets, _ = features_KNE.shape
         weights = output.to(features_KNE.dtype).expand(num_heads, *output.shape[-2:])  # [K, V, E]
@@ -118,7 +113,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         # Float32, so that the sum over chunks does not lose what a bfloat16 product keeps.
         output_grad = torch.zeros(weights.shape, device=output.device) if ctx.needs_input_grad[1] else None
         bias_grad = None if bias_KV is None else torch.zeros(bias_KV.shape, device=output.device)
-        size = max(1, chunk_elements // output.shape[-2])
+        size = max(1, CHUNK_ELEMENTS // output.shape[-2])
         for start in range(0, num_targets, size):
             chunk = slice(start, start + size)
             wanted = _Wanted.of(targets, chunk, output.shape[-2])
@@ -149,7 +144,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             output_grad = output_grad * scale_K11
             output_grad = output_grad.sum(0) if ctx.is_shared else output_grad
         bias_grad = None if bias_grad is None else bias_grad * losses_grad_K[:, None]
-        return features_grad, output_grad, bias_grad, None, None, None
+        return features_grad, output_grad, bias_grad, None, None
 
 
 @dataclass(frozen=True, slots=True)

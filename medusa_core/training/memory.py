@@ -1,4 +1,4 @@
-"""Estimates the peak memory of training Medusa heads on a frozen backbone. No torch here.
+"""Estimates the peak memory of training Medusa heads on a frozen backbone.
 
 A step has three peaks of which the greatest counts: the losses (output gradients grow chunk by chunk), the
 backward pass (they are scaled into the parameters' gradients) and the optimizer's step. Heads are float32:
@@ -6,6 +6,8 @@ backward pass (they are scaled into the parameters' gradients) and the optimizer
 """
 
 from dataclasses import dataclass
+
+from medusa_core.training.loss import CHUNK_ELEMENTS
 
 # Float32 copies of a chunk's logits at once: the teacher's probabilities, a head's logits, their
 # logarithms, a product of both, and the gradient of the head before.
@@ -17,8 +19,7 @@ MASTER, MOMENTS, GRADIENT = 4, 8, 4  # bytes
 class MemoryShape:
     """What the peak depends on. `tokens`: rows times their length. `itemsize`: bytes of a product's numbers.
 
-    `output_rows` V; `has_output` False where heads share the backbone's output layer. `chunk_elements`: how
-    many logits are computed at once.
+    `output_rows` V; `has_output` False where heads share the backbone's output layer.
     """
 
     backbone_bytes: int
@@ -28,7 +29,6 @@ class MemoryShape:
     output_rows: int
     tokens: int
     itemsize: int
-    chunk_elements: int
     has_output: bool = True
 
 
@@ -55,7 +55,7 @@ def estimate_memory(shape: MemoryShape) -> MemoryEstimate:
     state = shape.tokens * shape.hidden_size * shape.itemsize  # hidden states, and any tensor of their size
     # Of each head: its rows, two tensors a layer that the backward pass needs, and the features' gradient.
     activations = 2 * state + shape.num_heads * state * (2 + 2 * shape.num_layers)
-    chunk = CHUNK_COPIES * MASTER * shape.chunk_elements
+    chunk = CHUNK_COPIES * MASTER * CHUNK_ELEMENTS
     losses = GRADIENT * output + (shape.itemsize * parameters if is_cast else 0) + chunk
     backward = 2 * GRADIENT * output + (shape.itemsize * blocks if is_cast else 0)
     return MemoryEstimate(

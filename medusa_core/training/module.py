@@ -20,18 +20,11 @@ from medusa_core.training.loss import Targets, TeacherTargets, find_targets, hea
 class HeadModule(nn.Module):
     """Heads (float32 master weights) on a frozen backbone; products are taken in the backbone's dtype."""
 
-    accepts_loss_kwargs = (
-        True  # transformers then passes `num_items_in_batch`, targets over accumulated batches
-    )
+    # transformers then passes `num_items_in_batch`: targets over accumulated batches.
+    accepts_loss_kwargs = True
 
     def __init__(
-        self,
-        backbone: Backbone,
-        heads: TrainableHeads,
-        *,
-        loss: LossKind,
-        decay: float,
-        noise: float = 0.0,
+        self, backbone: Backbone, heads: TrainableHeads, *, loss: LossKind, decay: float, noise: float = 0.0
     ) -> None:
         super().__init__()
         if not backbone.splits:
@@ -81,6 +74,10 @@ class HeadModule(nn.Module):
     @torch.no_grad()
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, E] after the final norm, of right-padded or packed rows."""
+        return self.states(input_ids, position_ids)
+
+    def states(self, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+        """The same, in whatever grad and autocast mode the caller is."""
         hidden: Tensor = self.backbone.model.base_model(
             input_ids=input_ids, position_ids=position_ids, use_cache=False
         ).last_hidden_state

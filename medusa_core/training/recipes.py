@@ -5,7 +5,7 @@ Sources: the Medusa paper, §2.2 and its training configurations; the README of 
 """
 
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 from enum import StrEnum
 from pathlib import Path
 from types import NoneType, UnionType
@@ -47,7 +47,9 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
         raise ConfigError(f"{', '.join(missing)} must be given, as an option or in the --config file")
     recipe = given.get("recipe", Recipe.MEDUSA_1)
     if recipe != Recipe.MEDUSA_2:
-        joint = [spec.name for spec in fields(TrainConfig) if _panel(spec) == JOINT_PANEL]
+        joint = [
+            spec.name for spec in fields(TrainConfig) if (o := option_of(spec)) and o.panel == JOINT_PANEL
+        ]
         _refuse(given, joint, "recipe medusa-2, which trains the backbone too")
     if given.get("joint", JointMode.TWO_STAGE) != JointMode.TWO_STAGE:
         _refuse(given, ["stage_one"], "two-stage runs")
@@ -57,11 +59,6 @@ def resolve_config(flags: Mapping[str, Any], file: Path | None = None) -> TrainC
     if recipe == Recipe.MEDUSA_2:
         defaults |= JOINT_MODES[given.get("joint", JointMode.TWO_STAGE)]
     return TrainConfig(**(defaults | given))
-
-
-def _panel(spec: Field[Any]) -> str | None:
-    described = option_of(spec)
-    return None if described is None else described.panel
 
 
 def _refuse(given: Mapping[str, Any], names: list[str], whose: str) -> None:

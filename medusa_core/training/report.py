@@ -1,13 +1,13 @@
 """Writes the result of a run: heads or a whole model, and a report beside them."""
 
-import json
 from dataclasses import asdict, dataclass
 
-from medusa_core.checkpoints import save_full_model, save_heads
 from medusa_core.checkpoints.head_files import HEAD_FILES, HYDRA_FILES
+from medusa_core.checkpoints.writing import save_full_model, save_heads
 from medusa_core.draft.accuracy import FILE_NAME as CALIBRATION_FILE
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.files import write_json
 from medusa_core.model.backbone import quiet_transformers
 from medusa_core.text.tokenizer import ChatTokenizer
 from medusa_core.training.adapters import ADAPTER_FOLDER, Tuned
@@ -38,11 +38,7 @@ class TrainReport:
 
 
 def save_result(
-    config: TrainConfig,
-    model: HeadModule,
-    tuned: Tuned | None,
-    chat: ChatTokenizer,
-    report: TrainReport,
+    config: TrainConfig, model: HeadModule, tuned: Tuned | None, chat: ChatTokenizer, report: TrainReport
 ) -> None:
     """Heads in `config.out`, or the tuned backbone with the heads inside (format C); training.json last."""
     dtype = training_dtype(config, model.backbone.device)
@@ -60,8 +56,7 @@ def save_result(
             save_heads(heads, config.out / ADAPTER_FOLDER, base_model=config.model)
         with quiet_transformers():
             save_full_model(tuned.merged(dtype), heads, config.out, tokenizer=chat.tokenizer)
-    content = {"config": as_json(config), "report": asdict(report)}
-    (config.out / REPORT_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(config.out / REPORT_FILE, {"config": as_json(config), "report": asdict(report)})
 
 
 def _remove_stale(config: TrainConfig) -> None:

@@ -10,9 +10,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES, read_json
-from medusa_core.checkpoints.writing import write_json
+from medusa_core.checkpoints.weight_files import INDEX_SUFFIX, MODEL_FILES
 from medusa_core.errors import ConfigError
+from medusa_core.files import read_json, write_json
 from medusa_core.training.config import TrainConfig
 
 CHECKPOINTS_FOLDER = "checkpoints"

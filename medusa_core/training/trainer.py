@@ -17,18 +17,23 @@ from transformers import PrinterCallback, ProgressCallback, set_seed
 
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import DataError
+from medusa_core.status_bar import StatusBar
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.adapters import prepare
-from medusa_core.training.arguments import HeadTrainingArguments, training_arguments
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.builders import build_backbone, build_heads, build_trainer_module, peak_bytes
 from medusa_core.training.config import JointMode, Recipe, TrainConfig
 from medusa_core.training.data import Example, load_examples, split_examples
 from medusa_core.training.evaluation import evaluate_backbone, evaluate_heads
-from medusa_core.training.hf_trainer import HeadsTrainer, RampCallback
+from medusa_core.training.hf_trainer import (
+    HeadsTrainer,
+    HeadTrainingArguments,
+    ProgressReport,
+    RampCallback,
+    training_arguments,
+)
 from medusa_core.training.joint import JointModule
 from medusa_core.training.module import HeadModule
-from medusa_core.training.progress import ProgressReport
 from medusa_core.training.report import TrainReport, save_result
 from medusa_core.training.run_folder import (
     REPORT_FILE,
@@ -126,14 +131,12 @@ def _run(
         logger.info("memory: about %.1f GiB at the peak", peak_bytes(config, backbone, heads) / 2**30)
     before = _backbone_loss(model, task.held_out, config) if is_first else None
     collator = Collator()
-    progress = ProgressReport(task.console)
-    trainer = _build_trainer(config, task, arguments, model, collator, progress)
+    bar = StatusBar(task.console if is_first else Console(quiet=True, force_terminal=False), "training heads")
+    trainer = _build_trainer(config, task, arguments, model, collator)
+    trainer.add_callback(ProgressReport(bar))
     started = time.monotonic()
-    try:
-        with _writing_to(config.out):
-            trainer.train(resume_from_checkpoint=checkpoint)
-    finally:
-        progress.stop()
+    with bar, _writing_to(config.out):
+        trainer.train(resume_from_checkpoint=checkpoint)
     seconds = time.monotonic() - started
     report = TrainReport(
         steps=trainer.state.global_step,
@@ -162,12 +165,7 @@ def _writing_to(out: Path) -> Iterator[None]:
 
 
 def _build_trainer(
-    config: TrainConfig,
-    task: _Task,
-    arguments: HeadTrainingArguments,
-    model: HeadModule,
-    collator: Collator,
-    progress: ProgressReport,
+    config: TrainConfig, task: _Task, arguments: HeadTrainingArguments, model: HeadModule, collator: Collator
 ) -> HeadsTrainer:
     trainer = HeadsTrainer(
         model=model,
@@ -176,7 +174,7 @@ def _build_trainer(
             task.training, pack_to=config.sequence_length if config.packing else None
         ),
         data_collator=collator,
-        callbacks=[progress, *([RampCallback(model)] if isinstance(model, JointModule) else [])],
+        callbacks=[RampCallback(model)] if isinstance(model, JointModule) else [],
         heads_rate=config.heads_rate if config.is_joint else 1.0,
     )
     for callback in (ProgressCallback, PrinterCallback):  # ours replaces both

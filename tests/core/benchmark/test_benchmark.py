@@ -14,12 +14,13 @@ from transformers import LlamaForCausalLM
 from typer.testing import CliRunner
 
 from medusa_core.benchmark import report
-from medusa_core.benchmark.bench import BenchSettings, run_bench
+from medusa_core.benchmark.bench import run_bench
 from medusa_core.benchmark.compare import Variant, compare_tokens, decision_margin, interleave
 from medusa_core.benchmark.inflate import InflatedShape, inflate_model
 from medusa_core.benchmark.inflated import SHAPES, inflate_heads, inflated_engine
 from medusa_core.benchmark.runs import Run, engine_runner, hf_runner
-from medusa_core.checkpoints import save_heads
+from medusa_core.benchmark.settings import BenchSettings
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.cli.bench import bench
 from medusa_core.config import EngineConfig
 from medusa_core.draft.medusa import MedusaHeads

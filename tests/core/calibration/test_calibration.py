@@ -15,10 +15,9 @@ from medusa_core.calibration.measure import (
     LengthMeter,
     RankCounter,
     TauFitter,
-    dynamic_meters,
-    static_meters,
+    length_meters,
 )
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration, save_calibration
 from medusa_core.draft.coupling import NOISE_WEIGHT
@@ -237,10 +236,7 @@ def test_expected_lengths_are_what_the_engine_gets(
         counter.add(observed)
         fitter.add(observed)
     calibration = HeadCalibration(accuracies=counter.accuracies(), temperatures={0.0: fitter.taus()})
-    meters = {
-        "static": static_meters(heads, calibration.accuracies, [8, 24], CPU),
-        "dynamic": dynamic_meters(heads, fitter.taus(), [8, 24], CPU),
-    }
+    meters = length_meters(heads, calibration.accuracies, fitter.taus(), [8, 24], CPU)
     for kind in meters:
         for nodes, meter in meters[kind].items():
             for observed in seen:

@@ -7,7 +7,7 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.cli.calibrate import accuracy_table, size_table
 from medusa_core.cli.main import app
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration
@@ -76,7 +76,7 @@ def test_default_prompts(tiny_model_dir: Path, heads_dir: Path) -> None:
         (["--temperatures", "warm"], "temperatures must be numbers separated by commas, not 'warm'"),
         (["--temperatures", "0"], "temperatures must be above 0"),
         (["--max-tokens", "3"], "max_tokens must be at least 8"),
-        (["--prompts", "nosuch.jsonl"], "cannot read prompts from nosuch.jsonl"),
+        (["--prompts", "nosuch.jsonl"], "cannot read nosuch.jsonl"),
         (["--heads", "none"], "no draft heads to calibrate"),
         ([], "no draft heads to calibrate"),
         (["--device", "tpu"], "device must be auto, cpu, cuda or cuda:N, not 'tpu'"),

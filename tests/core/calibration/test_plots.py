@@ -17,7 +17,7 @@ from medusa_core.calibration.plots import (
     save_plots,
     shown_tree,
 )
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.cli.main import app
 from medusa_core.draft.accuracy import HeadCalibration, default_calibration, save_calibration
 from medusa_core.draft.medusa import MedusaHeads

@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 from medusa_core.calibration.tables import read_accuracy_table
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.cli.main import app
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, load_calibration, save_calibration, wilson_interval

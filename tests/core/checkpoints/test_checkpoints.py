@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from medusa_core.checkpoints import find_heads, load_heads, save_heads
-from medusa_core.checkpoints.head_files import read_heads
+from medusa_core.checkpoints.head_files import find_heads, read_heads
+from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import CheckpointError
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medusa_core.checkpoints import load_heads
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import CheckpointError
 

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaModel
 
-from medusa_core.checkpoints import find_heads, load_heads, save_heads
+from medusa_core.checkpoints.head_files import find_heads
+from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.errors import CheckpointError
 

@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
-from medusa_core.checkpoints import find_heads, load_heads, save_heads
+from medusa_core.checkpoints.head_files import find_heads
+from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import CheckpointError
 

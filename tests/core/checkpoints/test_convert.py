@@ -11,10 +11,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
-from medusa_core.checkpoints import load_heads, save_full_model, save_heads
 from medusa_core.checkpoints.conversion import read_base
 from medusa_core.checkpoints.export import convert_heads
 from medusa_core.checkpoints.head_files import read_heads
+from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.writing import save_full_model, save_heads
 from medusa_core.cli.main import app
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import default_calibration, load_calibration, save_calibration

@@ -8,14 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
 from medusa_core import __version__
 from medusa_core.cli import chat as chat_command
 from medusa_core.cli.chat import Conversation
-from medusa_core.cli.engine_options import ModelOptions, SpeculationOptions
 from medusa_core.cli.main import app, main
+from medusa_core.cli.options import with_options
 from medusa_core.config import EngineConfig
 from medusa_core.engine.answer import AnswerStats
 from medusa_core.engine.engine import Engine
@@ -162,10 +163,18 @@ def test_every_draft_source_is_offered(command):
 
 
 def test_speculation_options_reach_request_and_engine():
-    options = SpeculationOptions(source=DraftSourceName.NGRAM, tree="static", tree_nodes=9)
-    assert options.params == SpeculationParams(source=DraftSourceName.NGRAM, tree="static")
-    config = ModelOptions(dtype="float32").engine_config(options)
-    assert config == EngineConfig(dtype="float32", tree_nodes=9)
+    app, seen = typer.Typer(), []
+
+    @app.command()
+    @with_options
+    def command(speculation: SpeculationParams, config: EngineConfig) -> None:
+        """Does nothing."""
+        seen.append((speculation, config))
+
+    arguments = ["--source", "ngram", "--tree", "static", "--tree-nodes", "9", "--dtype", "float32"]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    speculation = SpeculationParams(source=DraftSourceName.NGRAM, tree="static")
+    assert seen == [(speculation, EngineConfig(dtype="float32", tree_nodes=9))]
 
 
 def test_chat_reads_turns_from_a_pipe(engine, invoke):

@@ -16,16 +16,15 @@ from typer.testing import CliRunner
 
 from medusa_core.cli.main import app
 from medusa_core.distillation.answers import EngineAnswerer, Reply, RowError
-from medusa_core.distillation.dialogue import answer_seed, reask
 from medusa_core.distillation.journal import Journal
-from medusa_core.distillation.progress import DistillProgress
-from medusa_core.distillation.run import Distillation, DistillReport
+from medusa_core.distillation.run import Distillation, DistillProgress, DistillReport, answer_seed, reask
 from medusa_core.distillation.seeds import SeedDialogue, Seeds, digest, load_seeds
 from medusa_core.distillation.settings import DistillSettings, EndpointSettings
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.sampling_params import SamplingParams
-from medusa_core.training.rows import read_dialogue
+from medusa_core.status_bar import StatusBar
+from medusa_core.text.rows import read_dialogue
 
 RECORD = {"format": 1, "seed": 0}
 
@@ -80,7 +79,8 @@ def seeds_of(*texts: str) -> Seeds:
 
 
 def run(seeds: Seeds, journal: Journal, answerer: Scripted, settings: DistillSettings) -> DistillReport:
-    return asyncio.run(Distillation(seeds, journal, answerer, settings, lambda report: None).run())
+    progress = DistillProgress(StatusBar(Console(file=io.StringIO()), "asking"))
+    return asyncio.run(Distillation(seeds, journal, answerer, settings, progress).run())
 
 
 def test_seed_rows_become_groups_to_answer(tmp_path: Path) -> None:
@@ -239,9 +239,9 @@ def test_other_settings_or_files_are_not_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"other settings \(seed: 0 then, 1 now\)"):
         Journal(out, RECORD | {"seed": 1})
     record = tmp_path / "out.jsonl.settings.json"
-    for content in ("[]", "[" * 100_000):
+    for content, message in (("[]", "is not a JSON object"), ("[" * 100_000, "cannot read")):
         record.write_text(content)
-        with pytest.raises(ConfigError, match="not the record of a run"):
+        with pytest.raises(ConfigError, match=message):
             Journal(out, RECORD)
     record.unlink()
     with pytest.raises(ConfigError, match="not a run to resume"):
@@ -394,18 +394,21 @@ def test_mistakes(tmp_path: Path, arguments: list[str], message: str) -> None:
 
 def test_progress_on_a_terminal() -> None:
     screen = io.StringIO()
-    with DistillProgress(Console(file=screen, force_terminal=True, width=120)) as progress:
-        progress.show(DistillReport(total=7, written=3, answers=5, failed=1))
+    with StatusBar(Console(file=screen, force_terminal=True, width=120), "asking") as bar:
+        DistillProgress(bar).show(DistillReport(total=7, written=3, answers=5, failed=1))
     assert "4/7" in screen.getvalue()
     assert "5 answers" in screen.getvalue()
 
 
 def test_progress_elsewhere_is_a_line_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "medusa_core")
-    with DistillProgress(Console(file=io.StringIO())) as progress:
+    screen = io.StringIO()
+    with StatusBar(Console(file=screen), "asking") as bar:
+        progress = DistillProgress(bar)
         progress.show(DistillReport(total=3, written=1))
         progress.show(DistillReport(total=3, written=3, answers=4))
     assert [record.message.partition(" · ")[0] for record in caplog.records] == ["3 of 3 dialogues"]
+    assert screen.getvalue() == ""
 
 
 def test_an_endpoint_needs_no_torch() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_core.checkpoints import save_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.config import EngineConfig, resolve_context_length
 from medusa_core.draft.accuracy import default_calibration, save_calibration
 from medusa_core.draft.hydra import HydraHeads, HydraShape

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from medusa_core.checkpoints import save_full_model, save_heads
+from medusa_core.checkpoints.writing import save_full_model, save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.hydra import HydraHeads, HydraShape
 from medusa_core.draft.medusa import MedusaHeads
@@ -200,7 +200,7 @@ def test_meta_heads_log_nothing_twice(
     save_heads(heads, tmp_path, base_model="tiny")
     backbone = build_meta_backbone(tiny_model_dir, torch.float32)
     assert backbone is not None
-    assert build_meta_heads(tmp_path, backbone, vocab_size=320, dtype=torch.float32).heads.vocab_size == 200
+    assert build_meta_heads(tmp_path, backbone, vocab_size=320, dtype=torch.float32).vocab_size == 200
     assert "first 200" not in caplog.text
     Engine.from_pretrained(tiny_model_dir, heads=tmp_path, config=CONFIG)
     assert caplog.text.count("know only the first 200 of 320 tokens") == 1

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from medusa_core.checkpoints import describe_files
+from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.loading.progress import LoadProgress
@@ -44,9 +44,12 @@ def test_heads_and_shards_are_told(vicuna_layout_dir: Path, tiny_model_dir: Path
     assert not any("measuring" in stage for stage in told)
 
 
-def test_weights_are_counted_while_they_are_read(tiny_model_dir: Path) -> None:
+def test_weights_are_counted_while_they_are_read(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("medusa_core.loading.progress.WATCH_SECONDS", 0.0)
     told: list[str] = []
-    with LoadProgress(told.append).counting_weights(every=0.0):
+    with LoadProgress(told.append).counting_weights():
         load_backbone(tiny_model_dir, dtype=torch.float32, device=torch.device("cpu"))
     count = len(told)
     assert count > 10
@@ -58,6 +61,7 @@ def test_weights_are_counted_while_they_are_read(tiny_model_dir: Path) -> None:
 
 def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("medusa_core.loading.progress.WATCH_SECONDS", 0.01)
     blobs = tmp_path / "models--someone--model" / "blobs"
     blobs.mkdir(parents=True)
     (blobs / "old").write_bytes(b"x")
@@ -68,7 +72,7 @@ def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         told.append(text)
         heard.set()
 
-    with LoadProgress(on_stage).downloading("someone/model", every=0.01):
+    with LoadProgress(on_stage).downloading("someone/model"):
         assert not heard.wait(0.1)  # nothing grows
         with (blobs / "new.incomplete").open("wb") as file:
             file.truncate(3 * 2**30)  # sparse
@@ -79,7 +83,7 @@ def test_a_growing_download_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", ["", ".", "./model", "/somewhere/model", "a/b/c"])
 def test_local_models_are_not_watched(name: str) -> None:
-    with LoadProgress().downloading(name, every=0.001):
+    with LoadProgress().downloading(name):
         assert not [thread for thread in threading.enumerate() if thread.name == "download-watch"]
 
 

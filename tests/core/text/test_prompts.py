@@ -28,13 +28,13 @@ def test_other_keys_are_ignored_and_the_last_answer_is_dropped(tmp_path: Path) -
     first, second = load_prompts(path)
     assert first.messages == (USER, ASSISTANT, USER)
     assert second.messages == (USER,)
-    assert first.origin == f"{path}, line 1"
+    assert first.origin == f"{path}:1"
 
 
 def test_blank_lines_are_skipped_but_counted(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_text("\n\n" + json.dumps({"messages": [USER]}) + "\n")
-    assert [prompt.origin for prompt in load_prompts(path)] == [f"{path}, line 3"]
+    assert [prompt.origin for prompt in load_prompts(path)] == [f"{path}:3"]
 
 
 def test_gzip_and_limit(tmp_path: Path) -> None:
@@ -50,14 +50,14 @@ def test_gzip_and_limit(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[]", "list of `messages`"),
-        ("{}", "list of `messages`"),
-        ('{"messages": "hi"}', "list of `messages`"),
-        ('{"messages": []}', "no message before"),
+        ("[]", "not a JSON object"),
+        ("{}", "neither messages nor conversations"),
+        ('{"messages": "hi"}', "messages are no list, or an empty one"),
+        ('{"messages": []}', "messages are no list, or an empty one"),
         ('{"messages": [{"role": "assistant", "content": "hello"}]}', "no message before"),
-        ('{"messages": ["hi"]}', "must be an object"),
-        ('{"messages": [{"role": "user"}]}', "`content` must be text"),
-        ('{"messages": [{"role": 3, "content": "hi"}]}', "`role` must be text"),
+        ('{"messages": ["hi"]}', "message 1 lacks a string role or content"),
+        ('{"messages": [{"role": "user"}]}', "message 1 lacks a string role or content"),
+        ('{"messages": [{"role": 3, "content": "hi"}]}', "message 1 lacks a string role or content"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
@@ -66,14 +66,14 @@ def test_a_bad_line_is_named(tmp_path: Path, line: str, message: str) -> None:
         file.write(line)
     with pytest.raises(DataError) as caught:
         load_prompts(path)
-    assert f"{path}, line 2" in str(caught.value)
+    assert f"{path}:2" in str(caught.value)
     assert message in str(caught.value)
 
 
 def test_bytes_that_are_not_utf8_are_named(tmp_path: Path) -> None:
     path = tmp_path / "p.jsonl"
     path.write_bytes(b'{"messages": "\xff"}')
-    with pytest.raises(DataError, match="line 1: not UTF-8"):
+    with pytest.raises(DataError, match="p.jsonl, line 1: not UTF-8"):
         load_prompts(path)
 
 
@@ -85,7 +85,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no prompts"):
         load_prompts(empty)
     for path in (tmp_path / "absent.jsonl", tmp_path, broken, short):
-        with pytest.raises(DataError, match="cannot read prompts from"):
+        with pytest.raises(DataError, match="cannot read"):
             load_prompts(path)
 
 

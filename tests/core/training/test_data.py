@@ -11,7 +11,7 @@ from medusa_core.errors import DataError
 from medusa_core.text.tokenizer import ChatTokenizer, load_chat_tokenizer
 from medusa_core.training.batches import Collator, ExampleDataset
 from medusa_core.training.data import NO_TARGET, Example, load_examples, split_examples
-from medusa_core.training.sampler import LengthGroupedSampler
+from medusa_core.training.hf_trainer import LengthGroupedSampler
 
 DIALOGUE = [
     {"role": "system", "content": "Be kind."},
@@ -172,7 +172,7 @@ BAD_ROWS = {
     ),
     "half a surrogate": (
         '{"messages": [{"role": "user", "content": "\\ud800"}, {"role": "assistant", "content": "a"}]}',
-        "surrogates not allowed",
+        "half a surrogate pair",
     ),
 }
 

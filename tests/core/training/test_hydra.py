@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from medusa_core.checkpoints import load_heads
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.draft.heads import TrainingBatch
 from medusa_core.draft.hydra import HydraHeads
 from medusa_core.draft.medusa import MedusaHeads

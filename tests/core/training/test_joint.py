@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from medusa_core.checkpoints import find_heads, load_heads, save_heads
+from medusa_core.checkpoints.head_files import find_heads
+from medusa_core.checkpoints.reading import load_heads
+from medusa_core.checkpoints.writing import save_heads
 from medusa_core.config import EngineConfig
 from medusa_core.draft.hydra import HydraHeads, HydraShape
 from medusa_core.draft.medusa import MedusaHeads

@@ -80,14 +80,17 @@ def slow_losses(
 @pytest.mark.parametrize("chunk_targets", [1, 4, 100])
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("kind", ["teacher", "hard"])
-def test_losses_and_gradients_equal_the_reference(kind: str, shared: bool, chunk_targets: int) -> None:
+def test_losses_and_gradients_equal_the_reference(
+    monkeypatch: pytest.MonkeyPatch, kind: str, shared: bool, chunk_targets: int
+) -> None:
+    monkeypatch.setattr("medusa_core.training.loss.CHUNK_ELEMENTS", chunk_targets * VOCAB)
     features, output, teacher, tokens, weight_KN = inputs()
     output = output[0] if shared else output
     targets = teacher if kind == "teacher" else tokens
     scale_K = torch.tensor([1.0, 0.8, 0.64])
     results = []
     for function in (
-        lambda f, o: head_losses(f, o, targets, weight_KN, chunk_elements=chunk_targets * VOCAB),
+        lambda f, o: head_losses(f, o, targets, weight_KN),
         lambda f, o: slow_losses(f, o, targets, weight_KN),
     ):
         f, o = features.clone().requires_grad_(), output.clone().requires_grad_()

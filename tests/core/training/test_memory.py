@@ -100,7 +100,6 @@ def test_the_formula_on_the_demo_model(dtype: torch.dtype, rows: int, num_layers
             output_rows=backbone.vocab_size,
             tokens=rows * length,
             itemsize=dtype.itemsize,
-            chunk_elements=CHUNK_ELEMENTS,
             has_output=not shared,
         )
     )
@@ -126,7 +125,6 @@ def test_figures_in_the_documentation() -> None:
                 output_rows=32000,
                 tokens=int(tokens),
                 itemsize=2,
-                chunk_elements=CHUNK_ELEMENTS,
             )
         )
         assert float(gib) == round(estimate.peak / 2**30, 1)

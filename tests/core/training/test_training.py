@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from medusa_core.checkpoints import load_heads
+from medusa_core.checkpoints.reading import load_heads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.errors import ConfigError, DataError, MedusaError
 from medusa_core.model.backbone import Backbone, load_backbone
@@ -365,6 +365,6 @@ def test_tensorboard_gets_the_losses(config: TrainConfig) -> None:
 def test_without_tensorboard_there_is_a_clear_error(
     config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("medusa_core.training.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("medusa_core.training.hf_trainer.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r'pip install "medusa-serve\[tensorboard\]"'):
         train_heads(replace(config, tensorboard=True))

@@ -5,13 +5,15 @@ A row is an object with `messages` (role, content) or ShareGPT's `conversations`
 
 import gzip
 import json
+import logging
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
-from medusa_core.errors import DataError
+from medusa_core.errors import DataError, first_line
 from medusa_core.text.tokenizer import HUB_NAME
 
 SHAREGPT_ROLES = {
@@ -25,16 +27,34 @@ SHAREGPT_ROLES = {
 FILE_SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
 PARQUET_BATCH = 1024
 DEFAULT_SPLIT = "train"
+REPORTED_ROWS = 20
+
+logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row and where it stands. `content` is text (a line of JSON) or what has been parsed already."""
+    """One row and where it stands. `content` is a line of JSON or what has been parsed already."""
 
     place: str
     content: object
+
+
+@dataclass(slots=True)
+class BadRows:
+    """Counts rows that cannot be used; logs the first of them, or raises with `strict`."""
+
+    strict: bool
+    count: int = 0
+
+    def add(self, place: str, error: Exception) -> None:
+        if self.strict:
+            raise DataError(f"{place}: {error}") from error
+        self.count += 1
+        if self.count <= REPORTED_ROWS:
+            logger.warning("%s skipped: %s", place, error)
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:
@@ -48,7 +68,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
     may_be_name = HUB_NAME.fullmatch(name) and not path.exists() and path.suffix not in FILE_SUFFIXES
     if may_be_name or Path(name).is_dir():
         return _dataset_rows(name, split or DEFAULT_SPLIT)
-    return _parquet_rows(path) if path.suffix == ".parquet" else _text_rows(path)
+    return _parquet_rows(path) if path.suffix == ".parquet" else read_lines(path)
 
 
 def read_dialogue(content: object) -> Messages:
@@ -86,39 +106,39 @@ def _read_messages(value: Any, role_key: str, text_key: str, roles: Mapping[str,
             raise DataError(f"message {number} lacks a string {role_key} or {text_key}")
         if roles is not None and role not in roles:
             raise DataError(f"message {number} is from {role!r}, not one of {', '.join(roles)}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"message {number} holds half a surrogate pair: not valid Unicode") from None
         messages.append({"role": roles[role] if roles else role, "content": text})
     return messages
 
 
-def _text_rows(path: Path) -> Iterator[Row]:
-    """Lines that are not blank, or the items of a file that is one JSON list (ShareGPT's)."""
+def read_lines(path: Path) -> Iterator[Row]:
+    """Lines that are not blank (.gz too), or the items of a file that is one JSON list (ShareGPT's)."""
     try:
-        with _open_text(path) as file:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             may_be_list = ".jsonl" not in path.suffixes
             for number, line in enumerate(file, start=1):
-                text = line.strip()
+                text = line.decode().strip()
                 if may_be_list and text.startswith("["):
                     yield from _list_rows(path, line + file.read())
                 elif text:
-                    yield Row(f"{path}:{number}", line)
+                    yield Row(f"{path}:{number}", text)
                 may_be_list = may_be_list and not text
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise DataError(f"cannot read {path}, line {number}: not UTF-8 ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
-def _list_rows(path: Path, text: str) -> Iterator[Row]:
+def _list_rows(path: Path, text: bytes) -> Iterator[Row]:
     try:
         rows = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DataError(f"cannot read {path}: not JSON ({error})") from error
     for number, row in enumerate(rows, start=1):
         yield Row(f"{path}[{number}]", row)
-
-
-def _open_text(path: Path) -> TextIO:
-    if path.suffix == ".gz":
-        return cast(TextIO, gzip.open(path, "rt", encoding="utf-8"))
-    return path.open(encoding="utf-8")
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -146,8 +166,9 @@ def _dataset_rows(name: str, split: str) -> Iterator[Row]:
     try:
         rows = load_dataset(name, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise DataError(f"{name} is neither a file nor a data set the Hub provides: {reason}") from error
+        raise DataError(
+            f"{name} is neither a file nor a data set the Hub provides: {first_line(error)}"
+        ) from error
     for number, row in enumerate(rows, start=1):
         yield Row(f"{name}:{split}[{number}]", row)
 

@@ -11,7 +11,7 @@ import pytest
 from pyarrow import parquet
 
 from medusa_core.errors import DataError
-from medusa_core.training.rows import read_dialogue, read_rows
+from medusa_core.text.rows import read_dialogue, read_rows
 
 DIALOGUES = [
     [{"role": "user", "content": f"Question {n}"}, {"role": "assistant", "content": f"Answer {n}"}]
@@ -105,7 +105,7 @@ def test_parquet_without_dialogues(tmp_path: Path) -> None:
 
 
 def test_missing_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medusa_core.training.rows.find_spec", lambda name: None)
+    monkeypatch.setattr("medusa_core.text.rows.find_spec", lambda name: None)
     with pytest.raises(DataError, match=r'needs pyarrow: pip install "medusa-serve\[train\]"'):
         list(read_rows(tmp_path / "d.parquet"))
     with pytest.raises(DataError, match="the data set org/name needs datasets"):
