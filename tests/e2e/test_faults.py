@@ -128,7 +128,7 @@ def test_slow_reader_is_cut_off_and_waiting_requests_survive_a_kill(
         # Small buffers, which accepted connections inherit; else the whole answer fits into the kernel's.
         server.listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         connection = open_request(server, max_tokens=8000, stream=True)
-        wait_until(lambda: "left its stream unread" in caplog.text)
+        wait_until(lambda: "left its stream unread" in caplog.text, timeout=120)  # buffers fill first
         wait_until(lambda: scheduler.num_running == 0)
         assert server.metric("medusa_requests_total", finish_reason="abort") == 1
         connection.close()
