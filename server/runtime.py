@@ -22,7 +22,6 @@ from server.pipeline.prompts import PromptBuilder
 from server.settings import Settings
 from server.workers.pool import WorkerPool
 from server.workers.scheduler import Scheduler
-from server.workers.supervisor import PoolPolicy
 from server.workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -62,11 +61,7 @@ class Runtime:
                 )
                 for device in settings.devices
             ],
-            PoolPolicy(
-                restart_limit=settings.restart_limit,
-                stall_timeout=settings.stall_timeout,
-                load_timeout=settings.load_timeout,
-            ),
+            settings,
             self.scheduler,
             self.metrics,
         )

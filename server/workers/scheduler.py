@@ -19,7 +19,7 @@ from server.errors import ApiError
 from server.observability.logging import COMPLETION_ID, REQUEST_ID
 from server.observability.metrics import ServerMetrics
 from server.observability.timeline import Timeline
-from server.workers.token_queue import End, Failed, Finished, TokenQueue
+from server.workers.token_queue import End, TokenQueue
 
 logger = logging.getLogger(__name__)
 
@@ -129,25 +129,25 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """The client has gone. Nothing happens to a job that has ended."""
-        self._end(job, Finished(FinishReason.ABORT))
+        self._end(job, FinishReason.ABORT)
 
     def stop(self, job: Job) -> None:
         """A stop string was found in its text."""
-        self._end(job, Finished(FinishReason.STOP))
+        self._end(job, FinishReason.STOP)
 
     def expire(self, job: Job) -> None:
         """Its time is up: cut short what it has, or refuse it."""
         if job.state is JobState.RUNNING:
             logger.warning("cut short: the request ran into its timeout", extra=job.log_ids)
-            self._end(job, Finished(FinishReason.LENGTH))
+            self._end(job, FinishReason.LENGTH)
         else:
             logger.warning("refused: no slot within the request timeout", extra=job.log_ids)
-            self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
+            self._end(job, errors.unavailable("No slot became free in time.", "queue_timeout"))
 
     def fail_all(self, error: ApiError) -> None:
         """End everything, waiting and running."""
         for job in [*self._waiting.values(), *self._running.values()]:
-            self._end(job, Failed(error))
+            self._end(job, error)
 
     async def wait_idle(self) -> None:
         """Until no accepted request is left."""
@@ -175,22 +175,22 @@ class Scheduler:
                 pass
             case FinishReason.ERROR:
                 logger.error("the request failed on the worker: %s", output.error, extra=job.log_ids)
-                self._end(job, Failed(self._failure_of(output)))
+                self._end(job, self._failure_of(output))
             case reason:
-                self._end(job, Finished(reason))
+                self._end(job, reason)
 
     def worker_rejected(self, worker: WorkerPort, request_id: str, message: str, param: str | None) -> None:
         """The engine refused one request before its first step."""
         job = self._running.get(request_id)
         if job is not None and job.worker is worker:
-            self._end(job, Failed(errors.invalid(message, param=param)))
+            self._end(job, errors.invalid(message, param=param))
 
     def worker_lost(self, worker: WorkerPort) -> None:
         """The worker is gone: its requests fail, since their text so far cannot be continued elsewhere."""
         if worker in self._workers:
             self._workers.remove(worker)
         for job in [job for job in self._running.values() if job.worker is worker]:
-            self._end(job, Failed(errors.worker_lost()))
+            self._end(job, errors.worker_lost())
 
     def workers_gone(self) -> None:
         """The pool has given up: there is nothing to wait for."""
@@ -224,7 +224,7 @@ class Scheduler:
         else:
             del self._waiting[request_id]
         job.tokens.close(end)
-        reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
+        reason = FinishReason.ERROR if isinstance(end, ApiError) else end
         self.metrics.observe_end(reason, job.timeline.end(reason))
         if not self._waiting and not self._running:
             self._idle.set()
