@@ -208,9 +208,8 @@ class ServerMetrics:
             self._phases, (stats.propose_seconds, stats.verify_seconds, stats.commit_seconds), strict=True
         ):
             child.observe(seconds)
-        if num_tokens:
-            for _ in range(num_tokens):
-                self.inter_token_latency.observe(stats.seconds / num_tokens)
+        for _ in range(num_tokens):
+            self.inter_token_latency.observe(stats.seconds / num_tokens)
         if stats.baseline_seconds > 0.0:
             self.decode_seconds.inc(stats.seconds)
             self.baseline_seconds.inc(stats.baseline_seconds)

@@ -1,7 +1,7 @@
 """Server-sent events of a streamed answer, in OpenAI's exact order and shape."""
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 
 import msgspec
 from sse_starlette.event import ServerSentEvent
@@ -72,7 +72,6 @@ class ChatStream(EventSourceResponse):
         on_close: Callable[[], None],
         keepalive: float,
         send_timeout: float,
-        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             frames,
@@ -80,7 +79,6 @@ class ChatStream(EventSourceResponse):
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             sep="\n",
             send_timeout=send_timeout,
-            headers=headers,
         )
         self._on_close = on_close
 

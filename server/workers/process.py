@@ -100,12 +100,14 @@ class WorkerProcess:
         writer.start()
 
     def submit(self, request: Request) -> None:
+        """Hand a request to a free slot."""
         if not self._running:
             self.last_progress = time.monotonic()
         self._running.add(request.request_id)
         self._send(Submit(request))
 
     def abort(self, request_id: str) -> None:
+        """Free the request's slot; a request that has left already is ignored."""
         if request_id in self._running:
             self._running.remove(request_id)
             self._send(Abort(request_id))

@@ -14,10 +14,9 @@ import threading
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from medusa_core.config import EngineConfig
-from medusa_core.engine.outputs import StepOutput
 from medusa_core.errors import ConfigError, MedusaError, TreeError
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
@@ -39,6 +38,9 @@ from server.workers.messages import (
     encode,
 )
 
+if TYPE_CHECKING:
+    from medusa_core.engine.engine import Engine
+
 logger = logging.getLogger(__name__)
 
 START_FAILED_EXIT = 3
@@ -59,29 +61,12 @@ class WorkerConfig:
     num_workers: int = 1
 
 
-class WorkerEngine(Protocol):
-    """The part of `medusa_core.engine.engine.Engine` the loop uses."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` has something to do."""
-
-    def add(self, request: Request) -> None:
-        """Take a request into a slot; raises a `MedusaError` that is this request's own."""
-
-    def abort(self, request_id: str) -> bool:
-        """Free a slot."""
-
-    def step(self) -> list[StepOutput]:
-        """One step of one slot."""
-
-
 class WorkerLoop:
     """Commands in, steps out, until told to leave."""
 
     def __init__(
         self,
-        engine: WorkerEngine,
+        engine: "Engine",
         commands: Connection,
         outbox: FrameWriter,
         client_ids: dict[str, str],
@@ -167,7 +152,7 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
         sys.exit(1)
 
 
-def _build_engine(config: WorkerConfig, events: Connection) -> Any:
+def _build_engine(config: WorkerConfig, events: Connection) -> "Engine":
     """The engine, or no return: a failure is reported as an event and ends the process."""
 
     def tell(stage: str) -> None:
