@@ -164,14 +164,7 @@ class Runtime:
             )
         self.fingerprint = fingerprint(info)
         self.metrics.describe_model(info)
-        self.prompts = PromptBuilder(
-            chat=chat,
-            info=info,
-            default_mode=self.settings.speculation,
-            default_source=source,
-            executor=self._executor,
-            timeout=self.settings.request_timeout,
-        )
+        self.prompts = PromptBuilder(chat=chat, info=info, settings=self.settings, executor=self._executor)
 
     async def _drain(self) -> None:
         timeout = self.settings.drain_timeout
