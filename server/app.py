@@ -16,7 +16,7 @@ from medusa_core.errors import ConfigError
 from server import errors
 from server.errors import ApiError
 from server.http.auth import RequireKey, load_keys
-from server.http.limits import BodyRefused, RequestLimits, handle_body_refused
+from server.http.limits import BodyRefused, RequestLimits
 from server.http.middleware import RequestContextMiddleware, ShapeCrashes
 from server.http.operations import serve_operations
 from server.http.sockets import bind
@@ -36,10 +36,8 @@ def create_app(settings: Settings) -> FastAPI:
         app.include_router(module.router)
     if settings.metrics_port is None:
         app.include_router(metrics.router)
-    app.add_exception_handler(ApiError, _handle_api_error)
-    app.add_exception_handler(RequestValidationError, _handle_validation_error)
-    app.add_exception_handler(HTTPException, _handle_http_exception)
-    app.add_exception_handler(BodyRefused, handle_body_refused)
+    for kind in (ApiError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle_error)
     _add_layers(app, runtime)
     return app
 
@@ -47,12 +45,7 @@ def create_app(settings: Settings) -> FastAPI:
 def _add_layers(app: FastAPI, runtime: Runtime) -> None:
     """What a request passes before it reaches a route, the innermost first."""
     settings = runtime.settings
-    app.add_middleware(
-        RequestLimits,
-        max_header_bytes=settings.max_header_bytes,
-        max_body_bytes=settings.max_body_bytes,
-        body_timeout=settings.body_timeout,
-    )
+    app.add_middleware(RequestLimits, settings=settings)
     keys = load_keys(settings)
     if keys is not None:
         app.add_middleware(RequireKey, keys=keys)
@@ -93,38 +86,38 @@ def _operations_app(runtime: Runtime) -> FastAPI:
     app.state.runtime = runtime
     app.include_router(health.router)
     app.include_router(metrics.router)
-    app.add_exception_handler(HTTPException, _handle_http_exception)
+    app.add_exception_handler(HTTPException, _handle_error)
     return app
 
 
-async def _handle_api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return error_response(error)
-
-
-async def _handle_validation_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
-    return error_response(errors.from_validation(error.errors()))
-
-
-async def _handle_http_exception(request: Request, error: Exception) -> Response:
-    """What the framework itself refuses: unknown paths, wrong methods, unreadable bodies."""
-    assert isinstance(error, HTTPException)
+async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error.__cause__, ClientDisconnect):
         return Response(status_code=CLIENT_CLOSED)
-    line = f"{request.method} {request.url.path}"
-    match error.status_code:
-        case HTTPStatus.NOT_FOUND:
-            hint = _hint(request)
-            refusal = ApiError(404, f"Invalid URL ({line}).{hint}", code="unknown_url")
-        case HTTPStatus.METHOD_NOT_ALLOWED:
-            refusal = ApiError(405, f"Method not allowed ({line}).", code="method_not_allowed")
-        case status:
-            refusal = ApiError(status, "The body of the request could not be read.", code="invalid_body")
+    match error:
+        case ApiError():
+            refusal = error
+        case RequestValidationError():
+            refusal = errors.from_validation(error.errors())
+        case BodyRefused():
+            refusal = error.error
+        case _:
+            assert isinstance(error, HTTPException)
+            refusal = _refused_by_framework(request, error.status_code)
     response = error_response(refusal)
-    if error.headers is not None and "Allow" in error.headers:
-        response.headers["Allow"] = error.headers["Allow"]
+    # Which methods are allowed, or that the connection ends.
+    response.headers.update(getattr(error, "headers", None) or {})
     return response
+
+
+def _refused_by_framework(request: Request, status: int) -> ApiError:
+    """Unknown paths, wrong methods, unreadable bodies."""
+    line = f"{request.method} {request.url.path}"
+    match status:
+        case HTTPStatus.NOT_FOUND:
+            return ApiError(404, f"Invalid URL ({line}).{_hint(request)}", code="unknown_url")
+        case HTTPStatus.METHOD_NOT_ALLOWED:
+            return ApiError(405, f"Method not allowed ({line}).", code="method_not_allowed")
+    return ApiError(status, "The body of the request could not be read.", code="invalid_body")
 
 
 def _hint(request: Request) -> str:

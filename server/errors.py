@@ -12,11 +12,12 @@ RETRY_LATER = 5  # seconds; loading, draining or restarting takes a while
 
 PATH = re.compile(r"(?<![\w/])/(?:[^\s/:'\"]+/)+")  # the folders of an absolute path
 
-CODE_BY_VALIDATION_TYPE = {
-    "missing": "missing_required_parameter",
-    "extra_forbidden": "unknown_parameter",
-    "unsupported_value": "unsupported_value",
-    "unsupported_parameter": "unsupported_parameter",
+KIND_BY_STATUS = {429: "rate_limit_exceeded", 500: "server_error", 503: "overloaded"}
+# pydantic's errors that are not about a value: their code and what they say.
+ABOUT_NAMES = {
+    "missing": ("missing_required_parameter", "Missing required parameter"),
+    "extra_forbidden": ("unknown_parameter", "Unknown parameter"),
+    "unsupported_parameter": ("unsupported_parameter", "Unsupported parameter"),
 }
 PYTHON_WORDS = {
     "a valid dictionary": "an object",
@@ -28,7 +29,8 @@ PYTHON_WORDS = {
 class ApiError(Exception):
     """A refusal or failure of one request: HTTP status and error body, or an error event inside a stream.
 
-    `retry_after` is in seconds. `should_retry` False tells OpenAI's SDK that the same request fails again.
+    `kind` None is what the status usually means. `retry_after` is in seconds. `should_retry` False tells
+    OpenAI's SDK that the same request fails again.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class ApiError(Exception):
         status: int,
         message: str,
         *,
-        kind: str = "invalid_request_error",
+        kind: str | None = None,
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
@@ -47,7 +49,10 @@ class ApiError(Exception):
         self.retry_after = retry_after
         self.should_retry = should_retry
         self.detail = ErrorDetail(
-            message=_printable(message), type=kind, param=param and _printable(param), code=code
+            message=_printable(message),
+            type=kind or KIND_BY_STATUS.get(status, "invalid_request_error"),
+            param=param and _printable(param),
+            code=code,
         )
 
     @property
@@ -113,52 +118,34 @@ def too_large(limit: int) -> ApiError:
 
 def queue_full() -> ApiError:
     """429: every slot is taken and the queue is full."""
-    return ApiError(
-        429,
-        "The server is busy and its queue is full; try again shortly.",
-        kind="rate_limit_exceeded",
-        code="rate_limit_exceeded",
-        retry_after=RETRY_SOON,
-    )
+    message = "The server is busy and its queue is full; try again shortly."
+    return ApiError(429, message, code="rate_limit_exceeded", retry_after=RETRY_SOON)
 
 
 def internal() -> ApiError:
     """500: our fault; the log has the details."""
-    return ApiError(500, "The server had an error while processing your request.", kind="server_error")
+    return ApiError(500, "The server had an error while processing your request.")
 
 
 def generation_failed() -> ApiError:
     """500: the engine gave up on this request alone; it would again."""
-    return ApiError(
-        500,
-        "The model failed on this request.",
-        kind="server_error",
-        code="generation_failed",
-        should_retry=False,
-    )
+    return ApiError(500, "The model failed on this request.", code="generation_failed", should_retry=False)
 
 
 def out_of_memory() -> ApiError:
     """503: the device had no room for this request's next step; another time it may."""
-    return ApiError(
-        503,
-        "The server ran out of memory on this request; try again, or with fewer tokens.",
-        kind="server_error",
-        code="out_of_memory",
-        retry_after=RETRY_LATER,
-    )
+    message = "The server ran out of memory on this request; try again, or with fewer tokens."
+    return ApiError(503, message, kind="server_error", code="out_of_memory", retry_after=RETRY_LATER)
 
 
 def worker_lost() -> ApiError:
     """500: the worker died or hung while this request was running on it."""
-    return ApiError(
-        500, "The worker died while generating; please retry.", kind="server_error", code="worker_lost"
-    )
+    return ApiError(500, "The worker died while generating; please retry.", code="worker_lost")
 
 
 def unavailable(message: str, code: str) -> ApiError:
     """503: not now, later perhaps."""
-    return ApiError(503, message, kind="overloaded", code=code, retry_after=RETRY_LATER)
+    return ApiError(503, message, code=code, retry_after=RETRY_LATER)
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
@@ -175,17 +162,12 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> ApiError:
             "The body of the request must be a JSON object sent as application/json.", code="invalid_body"
         )
     name = _cut(param)
-    code = CODE_BY_VALIDATION_TYPE.get(kind, "invalid_type" if kind.endswith("type") else "invalid_value")
-    match code:
-        case "unknown_parameter":
-            message = f"Unknown parameter: '{name}'."
-        case "missing_required_parameter":
-            message = f"Missing required parameter: '{name}'."
-        case "unsupported_parameter":
-            message = f"Unsupported parameter: '{name}'."
-        case _:
-            message = f"Invalid value for '{name}': {_cut(_in_json_words(kind, str(first['msg'])))}."
-    return invalid(message, param=name, code=code)
+    if kind in ABOUT_NAMES:
+        code, says = ABOUT_NAMES[kind]
+        return invalid(f"{says}: '{name}'.", name, code)
+    code = "invalid_type" if kind.endswith("type") else "invalid_value"
+    message = f"Invalid value for '{name}': {_cut(_in_json_words(kind, str(first['msg'])))}."
+    return invalid(message, name, kind if kind == "unsupported_value" else code)
 
 
 def _in_json_words(kind: str, message: str) -> str:

@@ -22,7 +22,6 @@ from server.pipeline.prompts import PromptBuilder
 from server.settings import Settings
 from server.workers.pool import WorkerPool
 from server.workers.scheduler import Scheduler
-from server.workers.supervisor import PoolPolicy
 from server.workers.worker import WorkerConfig
 
 logger = logging.getLogger(__name__)
@@ -62,11 +61,7 @@ class Runtime:
                 )
                 for device in settings.devices
             ],
-            PoolPolicy(
-                restart_limit=settings.restart_limit,
-                stall_timeout=settings.stall_timeout,
-                load_timeout=settings.load_timeout,
-            ),
+            settings,
             self.scheduler,
             self.metrics,
         )
@@ -169,14 +164,7 @@ class Runtime:
             )
         self.fingerprint = fingerprint(info)
         self.metrics.describe_model(info)
-        self.prompts = PromptBuilder(
-            chat=chat,
-            info=info,
-            default_mode=self.settings.speculation,
-            default_source=source,
-            executor=self._executor,
-            timeout=self.settings.request_timeout,
-        )
+        self.prompts = PromptBuilder(chat=chat, info=info, settings=self.settings, executor=self._executor)
 
     async def _drain(self) -> None:
         timeout = self.settings.drain_timeout

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import SplitResult, urlsplit
@@ -25,104 +26,82 @@ Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS, allow_inf_nan=False)]
 class Settings(BaseSettings):
     """Everything that can be set: `MEDUSA_<FIELD>` in the environment, `--<field>` as a flag."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
-    model: str = Field(
-        str(EMBEDDED_MODEL),
-        description="Model directory or hub id.",
-        json_schema_extra={SHOWN_DEFAULT: "the embedded demo model"},
-    )
-    heads: str | None = Field(
-        None, description="Medusa heads: a directory or file, or 'none'. Unset: those found beside the model."
-    )
-    host: str = Field("127.0.0.1", min_length=1, description="Address to listen on.")
-    port: Port = Field(8000, description="Port to listen on; 0 picks a free one.")
-    metrics_port: Port | None = Field(
-        None, description="Operations port: /metrics, /ready and /health apart from the API, without keys."
-    )
-    dtype: str = Field("auto", description="Weights and arithmetic: auto, float32, bfloat16 or float16.")
-    device: str = Field(
-        "auto",
-        min_length=1,
-        description="auto, cpu, cuda or cuda:N; several, comma-separated, start a worker each.",
-    )
-    workers: int | None = Field(
-        None,
-        ge=1,
-        le=64,
-        description="Worker processes, one a GPU and all behind one queue; default: one for each device.",
-    )
-    max_length: int | None = Field(
-        None, description="Tokens of prompt and answer together, at most the model's."
-    )
-    slots: int = Field(1, description="Requests in progress at once in a worker; they take turns.")
-    queue_limit: int = Field(
-        64, ge=0, le=100_000, description="Requests that may wait for a slot before 429."
-    )
-    request_timeout: Seconds = Field(600.0, description="Seconds a request may wait and run.")
-    drain_timeout: Seconds = Field(30.0, description="Seconds that requests have to finish after SIGTERM.")
-    stall_timeout: Seconds = Field(
-        120.0, description="Seconds without a step before a busy worker counts as hung."
-    )
-    load_timeout: Seconds = Field(
-        1800.0, description="Seconds without progress before a loading worker counts as hung."
-    )
-    keepalive: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = Field(
-        10.0, description="Seconds between keep-alive comments in a stream; 0 sends none."
-    )
-    send_timeout: Seconds = Field(
-        60.0, description="Seconds a client may leave a chunk unread before it is cut off."
-    )
-    served_name: str | None = Field(
-        None, min_length=1, description="Model name in the API; default from the model."
-    )
-    chat_template: str | None = Field(
-        None, description="Chat template: a file, or the name of an included one."
-    )
-    tree_nodes: int | None = Field(
-        None, description="Draft tree nodes, root included; unset: chosen by measuring."
-    )
-    static_tree: str | None = Field(
-        None,
-        description="What tree 'static' is: a published name or a JSON file; unset: grown for the heads.",
-    )
-    measure: bool = Field(
-        True, description="Time steps at start to choose the tree and estimate the speedup."
-    )
-    memory_check: bool = Field(
-        True, description="Refuse to load a model that does not fit the device's free memory."
-    )
-    speculation: SpeculationMode = Field(
-        SpeculationMode.EXACT, description="Mode of requests that name none. 'typical' is not lossless."
-    )
-    speculation_source: DraftSourceName = Field(
-        DraftSourceName.HEADS,
-        description="Draft source of requests that name none: the heads, n-grams of the text, or both.",
-    )
-    restart_limit: int = Field(
-        5, ge=0, le=1000, description="Worker restarts in a row without a completed step."
-    )
-    api_keys: SecretStr | None = Field(
-        None, description="Keys, comma-separated, of which a request needs one. Better in a file."
-    )
-    api_keys_file: Path | None = Field(None, description="File of such keys, one a line; # begins a comment.")
-    cors_origins: str | None = Field(
-        None, description="Origins, comma-separated, whose pages may call the API; '*' for any. Unset: none."
-    )
-    max_header_bytes: int = Field(
-        16_384, ge=1024, le=2**20, description="Largest request line and headers together."
-    )
-    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Largest request body.")
-    body_timeout: Seconds = Field(
-        60.0, description="Seconds a client has to send its headers, and again for its body."
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="How much is logged.")
-    log_format: Literal["text", "json"] = Field("text", description="Log lines as text or as JSON objects.")
-    log_prompts: bool = Field(False, description="Log messages and answers, and add them to traces.")
-    otlp_endpoint: str | None = Field(
-        None,
-        description="OpenTelemetry collector (http://host:4318) for traces; needs medusa-serve[otel].",
-    )
+    model: str = Field(str(EMBEDDED_MODEL), json_schema_extra={SHOWN_DEFAULT: "the embedded demo model"})
+    """Model directory or hub id."""
+    heads: str | None = None
+    """Medusa heads: a directory or file, or 'none'. Unset: those found beside the model."""
+    host: str = Field("127.0.0.1", min_length=1)
+    """Address to listen on."""
+    port: Port = 8000
+    """Port to listen on; 0 picks a free one."""
+    metrics_port: Port | None = None
+    """Operations port: /metrics, /ready and /health apart from the API, without keys."""
+    dtype: str = "auto"
+    """Weights and arithmetic: auto, float32, bfloat16 or float16."""
+    device: str = Field("auto", min_length=1)
+    """auto, cpu, cuda or cuda:N; several, comma-separated, start a worker each."""
+    workers: int | None = Field(None, ge=1, le=64)
+    """Worker processes, one a GPU and all behind one queue; default: one for each device."""
+    max_length: int | None = None
+    """Tokens of prompt and answer together, at most the model's."""
+    slots: int = 1
+    """Requests in progress at once in a worker; they take turns."""
+    queue_limit: int = Field(64, ge=0, le=100_000)
+    """Requests that may wait for a slot before 429."""
+    request_timeout: Seconds = 600.0
+    """Seconds a request may wait and run."""
+    drain_timeout: Seconds = 30.0
+    """Seconds that requests have to finish after SIGTERM."""
+    stall_timeout: Seconds = 120.0
+    """Seconds without a step before a busy worker counts as hung."""
+    load_timeout: Seconds = 1800.0
+    """Seconds without progress before a loading worker counts as hung."""
+    keepalive: Annotated[float, Field(ge=0, le=MAX_SECONDS)] = 10.0
+    """Seconds between keep-alive comments in a stream; 0 sends none."""
+    send_timeout: Seconds = 60.0
+    """Seconds a client may leave a chunk unread before it is cut off."""
+    served_name: str | None = Field(None, min_length=1)
+    """Model name in the API; default from the model."""
+    chat_template: str | None = None
+    """Chat template: a file, or the name of an included one."""
+    tree_nodes: int | None = None
+    """Draft tree nodes, root included; unset: chosen by measuring."""
+    static_tree: str | None = None
+    """What tree 'static' is: a published name or a JSON file; unset: grown for the heads."""
+    measure: bool = True
+    """Time steps at start to choose the tree and estimate the speedup."""
+    memory_check: bool = True
+    """Refuse to load a model that does not fit the device's free memory."""
+    speculation: SpeculationMode = SpeculationMode.EXACT
+    """Mode of requests that name none. 'typical' is not lossless."""
+    speculation_source: DraftSourceName = DraftSourceName.HEADS
+    """Draft source of requests that name none: the heads, n-grams of the text, or both."""
+    restart_limit: int = Field(5, ge=0, le=1000)
+    """Worker restarts in a row without a completed step."""
+    api_keys: SecretStr | None = None
+    """Keys, comma-separated, of which a request needs one. Better in a file."""
+    api_keys_file: Path | None = None
+    """File of such keys, one a line; # begins a comment."""
+    cors_origins: str | None = None
+    """Origins, comma-separated, whose pages may call the API; '*' for any. Unset: none."""
+    max_header_bytes: int = Field(16_384, ge=1024, le=2**20)
+    """Largest request line and headers together."""
+    max_body_bytes: int = Field(4 * 2**20, ge=1024)
+    """Largest request body."""
+    body_timeout: Seconds = 60.0
+    """Seconds a client has to send its headers, and again for its body."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """How much is logged."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines as text or as JSON objects."""
+    log_prompts: bool = False
+    """Log messages and answers, and add them to traces."""
+    otlp_endpoint: str | None = None
+    """OpenTelemetry collector (http://host:4318) for traces; needs medusa-serve[otel]."""
 
     @field_validator("device")
     @classmethod
@@ -188,17 +167,8 @@ class Settings(BaseSettings):
 
     def engine_config(self, device: str) -> EngineConfig:
         """What the engine on `device` is built with. Raises `ConfigError`."""
-        return EngineConfig(
-            dtype=self.dtype,
-            device=device,
-            max_length=self.max_length,
-            slots=self.slots,
-            tree_nodes=self.tree_nodes,
-            static_tree=self.static_tree,
-            measure=self.measure,
-            memory_check=self.memory_check,
-            chat_template=self.chat_template,
-        )
+        names = {field.name for field in fields(EngineConfig)} & Settings.model_fields.keys()
+        return EngineConfig(**{name: getattr(self, name) for name in names} | {"device": device})
 
 
 def load_settings(flags: Mapping[str, Any] | None = None) -> Settings:

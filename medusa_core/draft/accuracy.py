@@ -2,13 +2,14 @@
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from medusa_core.errors import CheckpointError
 
+Number = TypeVar("Number", int, float)
 FILE_NAME = "calibration.json"
 FORMAT_VERSION = 1
 # Vicuna-7B v0.1 heads, top-1..top-5 increments (Medusa repository, medusa_acc.csv): a stand-in until heads
@@ -47,14 +48,18 @@ class HeadCalibration:
 
     def taus(self, temperature: float, num_heads: int) -> tuple[float, ...]:
         """tau per head at a sampling temperature, linearly interpolated between the calibrated ones."""
-        known = sorted(self.temperatures)
-        if not known:
+        if not self.temperatures:
             return (1.0,) * num_heads
-        below = max((t for t in known if t <= temperature), default=known[0])
-        above = min((t for t in known if t >= temperature), default=known[-1])
-        share = 0.0 if above == below else (temperature - below) / (above - below)
+        below, above, share = bracket(self.temperatures, temperature)
         low, high = self.temperatures[below], self.temperatures[above]
         return tuple(a + share * (b - a) for a, b in zip(low, high, strict=True))[:num_heads]
+
+
+def bracket(known: Collection[Number], value: Number) -> tuple[Number, Number, float]:
+    """The two of `known` around a value, and its place between them from 0 to 1; beyond the ends, the end."""
+    below = max((k for k in known if k <= value), default=min(known))
+    above = min((k for k in known if k >= value), default=max(known))
+    return below, above, 0.0 if below == above else (value - below) / (above - below)
 
 
 def default_calibration(num_heads: int) -> HeadCalibration:

@@ -4,10 +4,14 @@ The noise of a position is known before the target runs (see `medusa_core.engine
 > 0 a draft is the heads' guess of that draw. Only the hit rate depends on it, never the output. The idea is
 Daliri et al. 2024 (drafter-invariant speculative decoding by Gumbel coupling), here for trees.
 
-Shapes: B rows, K heads or paths, P positions, V tokens.
+Shapes: B rows, K heads or paths, N paths, J tokens of a path, P positions, V tokens.
 """
 
+from dataclasses import dataclass
+
 from torch import Tensor
+
+from medusa_core.draft.heads import SequentialHeads
 
 # A head does not know the tokens in between, so its distribution is a blend of sharper ones and its logits
 # differ less than the target's: at full weight the noise decides too much. The demo heads' first guesses are
@@ -29,3 +33,24 @@ def couple(
     noise = noise_BPV[:, : logits.shape[1]]
     noise = noise[..., : logits.shape[2]] if token_map_V is None else noise[..., token_map_V]
     return logits + NOISE_WEIGHT * temperature * noise
+
+
+@dataclass(frozen=True, slots=True)
+class LevelScores:
+    """What heads that see the drafted path say of a level's candidates, coupled like `couple`."""
+
+    heads: SequentialHeads
+    hidden_BE: Tensor
+    temperature: float
+    noise_BPV: Tensor | None
+
+    def score(self, level: int, paths_BNJ: Tensor) -> Tensor:
+        """Float32 [B, N, V] of the tokens after each path (ids, the root first, J = level + 1)."""
+        logits = self.heads.level_logits(level, self.hidden_BE, paths_BNJ)
+        noise = None if self.noise_BPV is None else self.noise_BPV[:, level : level + 1]
+        return couple(logits, self.temperature, noise, self.heads.token_map)
+
+    def token_ids(self, rows: Tensor) -> Tensor:
+        """Token ids of rows of the logits."""
+        token_map = self.heads.token_map
+        return rows if token_map is None else token_map[rows]

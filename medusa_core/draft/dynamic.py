@@ -44,14 +44,9 @@ class DynamicDrafter:
     def draft(self, scores_BKV: Tensor, roots_B: Tensor, taus: tuple[float, ...]) -> DraftTree:
         tokens_BR, log_probs_BR = self._candidates(scores_BKV, taus)
         joint_BP = log_probs_BR[:, self._along_path].sum(dim=-1)
-        # Stable: of equal paths the earlier, hence a parent before its child, so the choice is prefix-closed.
-        order = joint_BP.sort(dim=1, descending=True, stable=True).indices[:, : self.size - 1]
-        chosen = functional.pad(order.sort(dim=1).values + 1, (1, 0))
-        slots, device = chosen.shape[0], chosen.device
-        new_index = torch.zeros(slots, self._parents.shape[0], dtype=torch.long, device=device)
-        new_index.scatter_(1, chosen, torch.arange(self.size, device=device).expand_as(chosen))
+        chosen, new_index = choose_best(joint_BP, self.size)
         lineage = new_index.gather(1, self._lineage[chosen].flatten(1)).unflatten(1, (self.size, -1))
-        ancestors = torch.zeros(slots, self.size, self.size, dtype=torch.bool, device=device)
+        ancestors = torch.zeros(len(chosen), self.size, self.size, dtype=torch.bool, device=chosen.device)
         drafted = tokens_BR.gather(1, self._index[chosen[:, 1:] - 1])
         return DraftTree(
             torch.cat([roots_B[:, None], drafted], dim=1),
@@ -66,11 +61,28 @@ class DynamicDrafter:
         """Tokens and log-probabilities of every head's best ranks, flattened; a zero follows the latter."""
         scores = scores_BKV[:, : self.max_depth]
         scores = scores / _divisors(taus[: self.max_depth], scores.device)
-        best = scores.log_softmax(dim=-1).topk(self._width, dim=-1)
-        log_probs = best.values.flatten(1)
-        # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
-        log_probs = log_probs.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
-        return best.indices.flatten(1), functional.pad(log_probs, (0, 1))
+        ranks, log_probs = best_ranks(scores, self._width)
+        return ranks.flatten(1), functional.pad(log_probs.flatten(1), (0, 1))
+
+
+def best_ranks(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """The likeliest of the last dimension, and their log-probabilities."""
+    best = scores.log_softmax(dim=-1).topk(width, dim=-1)
+    # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
+    return best.indices, best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
+
+
+def choose_best(joint_BP: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """The root and the likeliest of P drafts behind it, in their order [B, size]; and where each node of all
+    stands among those [B, P+1].
+
+    Stable: of equal drafts the earlier, hence a parent before its child, so the choice is prefix-closed.
+    """
+    order = joint_BP.sort(dim=1, descending=True, stable=True).indices[:, : size - 1]
+    chosen = functional.pad(order.sort(dim=1).values + 1, (1, 0))
+    new_index = joint_BP.new_zeros(len(joint_BP), joint_BP.shape[1] + 1, dtype=torch.long)
+    new_index.scatter_(1, chosen, torch.arange(size, device=chosen.device).expand_as(chosen))
+    return chosen, new_index
 
 
 @lru_cache(maxsize=256)

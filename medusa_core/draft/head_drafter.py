@@ -10,11 +10,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from medusa_core.draft.coupling import couple
+from medusa_core.draft.coupling import LevelScores, couple
 from medusa_core.draft.draft_tree import DraftTree
 from medusa_core.draft.dynamic import DynamicDrafter
 from medusa_core.draft.heads import DraftHeads, ParallelHeads, SequentialHeads
-from medusa_core.draft.level_scores import LevelScores
 from medusa_core.draft.levels import DynamicLevelDrafter
 from medusa_core.draft.static import StaticDrafter, StaticLevelDrafter
 from medusa_core.draft.tree import Tree

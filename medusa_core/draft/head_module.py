@@ -21,40 +21,42 @@ class HeadModule(nn.Module):
     rows (reduced draft vocabulary); None: rows 0..V-1 are tokens 0..V-1.
     """
 
+    num_first = 0  # layers of a kind's own before the residual blocks
     shared_output_VE: Tensor | None
     token_map_V: Tensor | None
 
     def __init__(
         self,
-        sizes: tuple[int, int, int, int],
-        num_blocks: int,
         *,
-        shared_output: Tensor | None,
-        token_map: Tensor | None,
-        dtype: torch.dtype,
-        device: torch.device | str,
+        num_heads: int,
+        num_layers: int,
+        hidden_size: int,
+        vocab_size: int,
+        shared_output: Tensor | None = None,
+        token_map: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """`sizes`: heads, layers, hidden size, output rows. Raises `ValueError` without heads or layers."""
+        """Raises `ValueError` without heads or layers."""
         super().__init__()
-        self.num_heads, self.num_layers, self.hidden_size, self.vocab_size = sizes
-        if self.num_heads < 1 or self.num_layers < 1:
-            raise ValueError(
-                f"heads need at least one head and one layer, not {self.num_heads} and {self.num_layers}"
-            )
+        self.num_heads, self.num_layers = num_heads, num_layers
+        self.hidden_size, self.vocab_size = hidden_size, vocab_size
+        if num_heads < 1 or num_layers < 1:
+            raise ValueError(f"heads need at least one head and one layer, not {num_heads} and {num_layers}")
 
         def zeros(*size: int) -> nn.Parameter:
             return nn.Parameter(torch.zeros(size, dtype=dtype, device=device))
 
-        heads, hidden, blocks = self.num_heads, self.hidden_size, range(num_blocks)
-        self.block_weights = nn.ParameterList(zeros(heads, hidden, hidden) for _ in blocks)
-        self.block_biases = nn.ParameterList(zeros(heads, hidden) for _ in blocks)
+        blocks = range(num_layers - self.num_first)
+        self.block_weights = nn.ParameterList(zeros(num_heads, hidden_size, hidden_size) for _ in blocks)
+        self.block_biases = nn.ParameterList(zeros(num_heads, hidden_size) for _ in blocks)
         own_map = None if token_map is None else token_map.to(device=device, dtype=torch.long)
         self.register_buffer("token_map_V", own_map, persistent=False)
         shared = None
         if shared_output is not None:
-            shared = output_rows(shared_output, self.vocab_size, token_map).to(device, dtype)
+            shared = output_rows(shared_output, vocab_size, token_map).to(device, dtype)
         self.register_buffer("shared_output_VE", shared, persistent=False)
-        self.output_KVE = zeros(heads, self.vocab_size, hidden) if shared is None else None
+        self.output_KVE = zeros(num_heads, vocab_size, hidden_size) if shared is None else None
 
     @property
     def token_map(self) -> Tensor | None:

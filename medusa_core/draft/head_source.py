@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.draft_tree import DraftTree, root_tree, stack_rows
 from medusa_core.draft.head_trees import HeadTrees
-from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed, DraftBatch
-from medusa_core.draft.tree import Tree
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.sampling_params import SpeculationParams
 
@@ -27,23 +24,11 @@ class HeadSource:
     Hidden states are read when drafts are asked for: a step without speculation costs the heads nothing.
     """
 
-    def __init__(
-        self,
-        heads: DraftHeads,
-        calibration: HeadCalibration,
-        device: torch.device,
-        static_tree: Tree | None = None,
-    ) -> None:
-        self.heads, self.calibration = heads, calibration
-        self.trees = HeadTrees(heads, calibration, device, static_tree)
-        self.draft_cache: KVCache | None = None
+    def __init__(self, trees: HeadTrees, draft_cache: KVCache | None = None) -> None:
+        """`draft_cache`: the memory of heads that have a `cache_shape`."""
+        self.heads, self.calibration = trees.heads, trees.calibration
+        self.trees, self.draft_cache = trees, draft_cache
         self._unread: dict[int, Tensor] = {}
-
-    def allocate(self, *, slots: int, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Memory for heads with attention of their own. Raises `ConfigError` if there is not enough."""
-        shape = self.heads.cache_shape
-        if shape is not None:
-            self.draft_cache = KVCache(shape, slots=slots, capacity=capacity, dtype=dtype, device=device)
 
     def check(self, speculation: SpeculationParams) -> None:
         self.trees.check(speculation.tree)
@@ -84,15 +69,11 @@ class HeadSource:
         groups: dict[tuple[str, int, float], list[int]] = {}
         for row, (params, nodes) in enumerate(zip(batch.params, batch.nodes, strict=True)):
             groups.setdefault((params.speculation.tree, nodes, params.temperature), []).append(row)
-        if len(groups) == 1:
-            [(key, rows)] = groups.items()
-            return self._draft(*key, batch, rows, hidden_BE, batch.roots_B)
-        return stack_rows(
-            [
-                (rows, self._draft(*key, batch, rows, hidden_BE[rows], batch.roots_B[rows]))
-                for key, rows in groups.items()
-            ]
-        )
+        parts = []
+        for key, rows in groups.items():
+            own = rows if len(groups) > 1 else slice(None)  # rows of one kind need no copy
+            parts.append((rows, self._draft(*key, batch, own, hidden_BE[own])))
+        return stack_rows(parts)
 
     def _draft(
         self,
@@ -100,17 +81,17 @@ class HeadSource:
         nodes: int,
         temperature: float,
         batch: DraftBatch,
-        rows: list[int],
+        own: list[int] | slice,
         hidden_BE: Tensor,
-        roots_B: Tensor,
     ) -> DraftTree:
+        roots_B = batch.roots_B[own]
         if nodes <= 1 and self.trees.is_adaptive(tree):
             return root_tree(roots_B)
         taus = self.calibration.taus(temperature, self.heads.num_heads)
         drafter = self.trees.drafter(tree, nodes)
         noise_BPV = batch.draft_noise(drafter.max_depth) if temperature > 0.0 else None
-        if noise_BPV is not None and len(rows) < len(batch.slots):
-            noise_BPV = noise_BPV[rows]
+        if noise_BPV is not None:
+            noise_BPV = noise_BPV[own]
         return drafter.draft(hidden_BE, roots_B, taus, temperature, noise_BPV)
 
     def _read(self, slots: Sequence[int]) -> Tensor:

@@ -23,7 +23,7 @@ class HeadTrees:
     ) -> None:
         if static_tree:
             static_tree.check_fits(heads.num_heads, heads.vocab_size)
-        self._heads, self._calibration, self._device = heads, calibration, device
+        self.heads, self.calibration, self._device = heads, calibration, device
         self._static_tree = static_tree
         self._published = {tree.name: tree for tree in fitting_trees(heads)}
         self._drafters: dict[tuple[str, int], HeadDrafter] = {}
@@ -46,7 +46,7 @@ class HeadTrees:
         """`nodes` (root included) applies to adaptive trees."""
         key = (name, nodes if self.is_adaptive(name) else 0)
         if key not in self._drafters:
-            self._drafters[key] = make_drafter(self._heads, self._shape(name, nodes), self._device)
+            self._drafters[key] = make_drafter(self.heads, self._shape(name, nodes), self._device)
         return self._drafters[key]
 
     def _shape(self, name: str, nodes: int) -> Tree | int:
@@ -58,8 +58,8 @@ class HeadTrees:
 
     def _grown(self, nodes: int) -> Tree:
         """From the calibrated accuracies, of ranks that a small vocabulary has."""
-        accuracies = self._calibration.accuracies[: self._heads.num_heads]
-        return grow_tree([head[: self._heads.vocab_size] for head in accuracies], nodes)
+        accuracies = self.calibration.accuracies[: self.heads.num_heads]
+        return grow_tree([head[: self.heads.vocab_size] for head in accuracies], nodes)
 
 
 def fitting_trees(heads: DraftHeads) -> list[Tree]:

@@ -8,7 +8,7 @@ Shapes: B slots, N paths, J tokens of a path, S tokens, K heads, E hidden size, 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,8 @@ class HydraHeads(HeadModule):
     layer, in training only.
     """
 
+    num_first = 1
+
     def __init__(
         self,
         shape: HydraShape,
@@ -54,12 +56,7 @@ class HydraHeads(HeadModule):
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__(
-            (shape.num_heads, shape.num_layers, shape.hidden_size, shape.vocab_size),
-            shape.num_layers - 1,
-            shared_output=shared_output,
-            token_map=token_map,
-            dtype=dtype,
-            device=device,
+            **asdict(shape), shared_output=shared_output, token_map=token_map, dtype=dtype, device=device
         )
         self.shape = shape
         # A method: the module itself would become a part of this one, and be trained and saved along.

@@ -9,11 +9,10 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
+from medusa_core.draft.coupling import LevelScores
 from medusa_core.draft.draft_tree import DraftTree, Origin
-from medusa_core.draft.dynamic import IMPOSSIBLE
-from medusa_core.draft.level_scores import LevelScores
+from medusa_core.draft.dynamic import best_ranks, choose_best
 
 MAX_CANDIDATES = 10  # ranks a parent's children can have; the published trees use no more either
 
@@ -75,14 +74,11 @@ class DynamicLevelDrafter:
 
     def _grow(self, pool: _Pool, scores: LevelScores, depth: int, tau: float, paths_BNJ: Tensor) -> Tensor:
         """Ask for children of the best nodes of `depth`, keep the best; returns the next paths to expand."""
-        log_probs = (scores.score(depth, paths_BNJ) / tau).log_softmax(dim=-1)
-        best = log_probs.topk(self._width, dim=-1)
-        # Never above 0, by rounding, so no child beats its parent; nor NaN or -inf, from heads that overflow.
-        values = best.values.nan_to_num_(nan=IMPOSSIBLE).clamp_(min=IMPOSSIBLE, max=0.0)
-        joint = (pool.joint[-1][:, : paths_BNJ.shape[1], None] + values).flatten(1)
+        ranks, log_probs = best_ranks(scores.score(depth, paths_BNJ) / tau, self._width)
+        joint = (pool.joint[-1][:, : paths_BNJ.shape[1], None] + log_probs).flatten(1)
         kept = joint.topk(self._kept[depth], dim=1)
         parents = torch.div(kept.indices, self._width, rounding_mode="floor")
-        tokens = scores.token_ids(best.indices.flatten(1).gather(1, kept.indices))
+        tokens = scores.token_ids(ranks.flatten(1).gather(1, kept.indices))
         pool.tokens.append(tokens)
         pool.joint.append(kept.values)
         pool.parents.append(parents + self._starts[depth])
@@ -93,13 +89,10 @@ class DynamicLevelDrafter:
         return torch.cat([above, tokens[:, :count, None]], dim=2)
 
     def _choose(self, pool: _Pool) -> DraftTree:
-        """The root and the best others; of equals the earlier, hence parents before their children."""
-        order = torch.cat(pool.joint[1:], dim=1).sort(dim=1, descending=True, stable=True)
-        chosen = functional.pad(order.indices[:, : self.size - 1].sort(dim=1).values + 1, (1, 0))
+        """The tree of the root and the best others."""
+        chosen, new_index = choose_best(torch.cat(pool.joint[1:], dim=1), self.size)
         tokens, parents = torch.cat(pool.tokens, dim=1), torch.cat(pool.parents, dim=1)
-        new_place = torch.zeros_like(tokens)
-        new_place.scatter_(1, chosen, torch.arange(self.size, device=tokens.device).expand_as(chosen))
-        parents_BT = new_place.gather(1, parents.gather(1, chosen))
+        parents_BT = new_index.gather(1, parents.gather(1, chosen))
         ancestors, far = torch.eye(self.size, dtype=torch.bool, device=tokens.device), parents_BT
         ancestors_BTT = ancestors.expand(tokens.shape[0], -1, -1)
         for _ in range(self.max_depth.bit_length()):  # each round reaches twice as far up

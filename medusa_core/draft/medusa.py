@@ -18,27 +18,6 @@ from medusa_core.draft.heads import TrainingBatch
 class MedusaHeads(HeadModule):
     """Medusa-1 heads: a `HeadModule` of L blocks whose output layers have no bias."""
 
-    def __init__(
-        self,
-        *,
-        num_heads: int,
-        num_layers: int,
-        hidden_size: int,
-        vocab_size: int,
-        shared_output: Tensor | None = None,
-        token_map: Tensor | None = None,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        super().__init__(
-            (num_heads, num_layers, hidden_size, vocab_size),
-            num_layers,
-            shared_output=shared_output,
-            token_map=token_map,
-            dtype=dtype,
-            device=device,
-        )
-
     @classmethod
     def new(
         cls,

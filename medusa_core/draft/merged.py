@@ -1,10 +1,13 @@
-"""Drafts of heads and of n-grams under one root, with one budget of nodes."""
+"""The draft sources of an engine; among them heads and n-grams under one root, with one budget of nodes."""
 
-from medusa_core.draft.draft_tree import DraftTree, join_roots, stack_rows
+import math
+from collections.abc import Mapping
+
+from medusa_core.draft.draft_tree import DraftTree, join_roots
 from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.ngram import NgramSource, as_tree
-from medusa_core.draft.source import Committed, DraftBatch
-from medusa_core.sampling_params import SpeculationParams
+from medusa_core.draft.source import Committed, DraftBatch, DraftSource
+from medusa_core.sampling_params import DraftSourceName, SpeculationParams
 
 STEP = 4  # sizes of the heads' share differ by this much, so that few drafters are built
 
@@ -35,17 +38,22 @@ class MergedSource:
         self._ngrams.observe(committed)
 
     def propose(self, batch: DraftBatch) -> DraftTree:
-        found = [
-            self._ngrams.drafts(slot, nodes // 2 + 1)
-            for slot, nodes in zip(batch.slots, batch.nodes, strict=True)
-        ]
+        budgets = zip(batch.slots, batch.nodes, strict=True)
+        found = [self._ngrams.drafts(slot, nodes // 2 + 1) for slot, nodes in budgets]
         # Rounded up, so that no tree is larger than its budget.
-        rest = [
-            max(1, nodes - -(-len(drafts) // STEP) * STEP)
-            for nodes, drafts in zip(batch.nodes, found, strict=True)
-        ]
-        heads = self._heads.propose(batch.with_nodes(tuple(rest)))
-        if not any(found):
-            return heads
-        ngrams = [([row], as_tree(drafts, batch.roots_B[row : row + 1])) for row, drafts in enumerate(found)]
-        return join_roots(heads, stack_rows(ngrams))
+        taken = [math.ceil(len(drafts) / STEP) * STEP for drafts in found]
+        rest = tuple(max(1, nodes - count) for nodes, count in zip(batch.nodes, taken, strict=True))
+        heads = self._heads.propose(batch.with_nodes(rest))
+        return join_roots(heads, as_tree(found, batch.roots_B)) if any(found) else heads
+
+
+def build_sources(heads: HeadSource | None) -> Mapping[DraftSourceName, DraftSource]:
+    """By the name that a request asks for; without heads there are n-grams alone."""
+    ngrams = NgramSource()
+    if heads is None:
+        return {DraftSourceName.NGRAM: ngrams}
+    return {
+        DraftSourceName.HEADS: heads,
+        DraftSourceName.NGRAM: ngrams,
+        DraftSourceName.BOTH: MergedSource(heads, ngrams),
+    }

@@ -121,8 +121,12 @@ def grow(tokens: Sequence[int], places: Sequence[int], nodes: int, rate: float) 
     return drafts
 
 
-def as_tree(drafts: Sequence[Draft], roots_B: Tensor) -> DraftTree:
-    """The drafts behind one root [1]."""
+def as_tree(found: Sequence[Sequence[Draft]], roots_B: Tensor) -> DraftTree:
+    """The drafts of each row behind its root."""
+    return stack_rows([([row], _row(drafts, roots_B[row : row + 1])) for row, drafts in enumerate(found)])
+
+
+def _row(drafts: Sequence[Draft], roots_B: Tensor) -> DraftTree:
     if not drafts:
         return root_tree(roots_B)
     size, device = len(drafts) + 1, roots_B.device
@@ -198,10 +202,5 @@ class NgramSource:
         return [] if rate < LEAST_RATE else grow(memory.tokens, memory.match.places, nodes, rate)
 
     def propose(self, batch: DraftBatch) -> DraftTree:
-        rows = enumerate(zip(batch.slots, batch.nodes, strict=True))
-        return stack_rows(
-            [
-                ([row], as_tree(self.drafts(slot, nodes), batch.roots_B[row : row + 1]))
-                for row, (slot, nodes) in rows
-            ]
-        )
+        found = [self.drafts(slot, nodes) for slot, nodes in zip(batch.slots, batch.nodes, strict=True)]
+        return as_tree(found, batch.roots_B)

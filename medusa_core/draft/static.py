@@ -10,8 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from medusa_core.draft.coupling import LevelScores
 from medusa_core.draft.draft_tree import DraftTree, Origin
-from medusa_core.draft.level_scores import LevelScores
 from medusa_core.draft.tree import Tree
 
 

@@ -59,10 +59,6 @@ class Tree:
             result.append(result[self.parents[node]] | {node})
         return tuple(result)
 
-    def nodes_per_depth(self) -> tuple[int, ...]:
-        """Drafted nodes of each head: index 0 is depth 1."""
-        return tuple(self.depths.count(depth) for depth in range(1, self.depth + 1))
-
     def fits(self, num_heads: int, num_candidates: int) -> bool:
         """Whether heads can fill this tree."""
         return self.depth <= num_heads and self.width <= num_candidates

@@ -7,10 +7,9 @@ fail.
 
 import logging
 import math
-from bisect import bisect_right
 from collections.abc import Mapping
 
-from medusa_core.draft.accuracy import HeadCalibration
+from medusa_core.draft.accuracy import HeadCalibration, bracket
 from medusa_core.draft.head_trees import fitting_trees
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.tree import Tree, expected_acceptance_length, grow_tree
@@ -134,13 +133,9 @@ def _band(band: int) -> str:
 def expected_tokens(calibration: HeadCalibration, nodes: int, kind: str = "dynamic") -> float:
     """A(T): mean acceptance length with a tree of `nodes`, measured if calibrated, else estimated."""
     measured = calibration.expected.get(kind, {})
-    if nodes in measured:
-        return measured[nodes]
-    known = sorted(measured)
-    place = bisect_right(known, nodes)
-    if 0 < place < len(known):
-        low, high = known[place - 1], known[place]
-        return measured[low] + (nodes - low) / (high - low) * (measured[high] - measured[low])
+    if measured and min(measured) <= nodes <= max(measured):
+        low, high, share = bracket(measured, nodes)
+        return measured[low] + share * (measured[high] - measured[low])
     return expected_acceptance_length(grow_tree(calibration.accuracies, nodes), calibration.accuracies)
 
 

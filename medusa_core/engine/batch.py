@@ -50,18 +50,9 @@ def make_batch(
 ) -> Batch:
     """Gather sequences whose trees are at most `depth` deep; one copy to the device of `vocabulary_V`."""
     sampled = any(not sequence.params.is_greedy for sequence in sequences)
-    packed = torch.tensor(
-        [
-            [
-                sequence.slot,
-                sequence.num_cached,
-                sequence.root,
-                *_noise_keys(sequence, depth + 1 if sampled else 0),
-            ]
-            for sequence in sequences
-        ],
-        device=vocabulary_V.device,
-    )
+    keys = depth + 1 if sampled else 0
+    rows = [[s.slot, s.num_cached, s.root, *_noise_keys(s, keys)] for s in sequences]
+    packed = torch.tensor(rows, device=vocabulary_V.device)
     return Batch(
         slots=tuple(sequence.slot for sequence in sequences),
         params=tuple(sequence.params for sequence in sequences),

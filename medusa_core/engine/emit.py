@@ -1,14 +1,26 @@
-"""From a step's result to the `StepOutput` that leaves the engine."""
+"""From a step's result, or its failure, to the `StepOutput` that leaves the engine."""
 
+import logging
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
+import torch
+
 from medusa_core.draft.draft_tree import Origin
-from medusa_core.engine.outputs import StepOutput, StepStats, TokenExtras
+from medusa_core.engine.outputs import FinishReason, StepOutput, StepStats, TokenExtras
 from medusa_core.engine.sequence import Sequence, cut_run
 from medusa_core.engine.step import RowResult, StepResult
 from medusa_core.sampling_params import SpeculationMode
 
+logger = logging.getLogger(__name__)
+
+# torch's CPU allocator; oneDNN, whose own buffers may be what finds no room.
+CPU_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "not enough memory",
+    "could not create a memory",
+    "std::bad_alloc",
+)
 EXTRAS = {origin: TokenExtras(origin.name.lower()) for origin in Origin}
 
 
@@ -50,3 +62,26 @@ def decode_stats(result: StepResult, row: RowResult, mode: SpeculationMode) -> S
         drafted=row.drafted,
         accepted=tuple(int(depth < row.accepted) for depth in range(len(row.drafted))),
     )
+
+
+def failed(request_id: str, error: Exception) -> StepOutput:
+    """The last output of a request whose step failed; the error goes to the log as well."""
+    logger.error("request %s failed", request_id, exc_info=error, extra={"completion_id": request_id})
+    out_of_memory = _is_out_of_memory(error)
+    if out_of_memory and torch.cuda.is_available():
+        # What other requests freed lies in blocks of sizes this one could not use.
+        torch.cuda.empty_cache()
+    return StepOutput(
+        request_id=request_id,
+        token_ids=(),
+        finish_reason=FinishReason.ERROR,
+        error=f"{type(error).__name__}: {error}",
+        out_of_memory=out_of_memory,
+    )
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether host or device had no room; torch has an exception of its own for CUDA only."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in CPU_OUT_OF_MEMORY)

@@ -20,10 +20,10 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig, resolve_context_len
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.draft_tree import Origin
 from medusa_core.draft.head_source import HeadSource
-from medusa_core.draft.head_trees import DYNAMIC, STATIC
+from medusa_core.draft.head_trees import DYNAMIC, STATIC, HeadTrees
 from medusa_core.draft.heads import DraftHeads
+from medusa_core.draft.merged import build_sources
 from medusa_core.draft.source import Committed
-from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
 from medusa_core.draft.tree_size import (
     NGRAM_NODES,
@@ -34,8 +34,7 @@ from medusa_core.draft.tree_size import (
 )
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch
-from medusa_core.engine.emit import decode_stats, emit
-from medusa_core.engine.failures import failed
+from medusa_core.engine.emit import decode_stats, emit, failed
 from medusa_core.engine.outputs import StepOutput, StepStats
 from medusa_core.engine.planner import StepPlanner
 from medusa_core.engine.runner import EagerRunner
@@ -302,7 +301,8 @@ class Engine:
         if sequence.num_cached == len(prompt_ids):
             root = first_root(sequence, output, self._vocabulary_V)
             sequence.token_ids.append(root)
-        self._tell_source(sequence, chunk, root, output.hidden_BTE[0], range(len(chunk)))
+        committed = Committed(sequence.slot, chunk, root, output.hidden_BTE[0], range(len(chunk)))
+        self._tell_source(sequence.params, committed)
         timer.mark()
         stats = StepStats(
             mode=self._planner.mode_of(sequence.params),
@@ -334,23 +334,17 @@ class Engine:
 
     def _commit(self, sequence: Sequence, row: RowResult, hidden_TE: Tensor) -> None:
         """Book a step's path: root and accepted drafts are final, the token behind them is the next root."""
-        committed = [sequence.root, *row.token_ids[:-1]]
+        token_ids = [sequence.root, *row.token_ids[:-1]]
         self._cache.advance(sequence.slot, len(row.path))
         sequence.num_cached += len(row.path)
         sequence.token_ids += row.token_ids
-        self._tell_source(sequence, committed, sequence.root, hidden_TE, row.path)
+        committed = Committed(sequence.slot, token_ids, sequence.root, hidden_TE, row.path)
+        self._tell_source(sequence.params, committed)
 
-    def _tell_source(
-        self,
-        sequence: Sequence,
-        token_ids: SequenceOf[int],
-        root: int | None,
-        hidden_TE: Tensor,
-        path: SequenceOf[int],
-    ) -> None:
-        source = self._planner.source_of(sequence.params)
+    def _tell_source(self, params: SamplingParams, committed: Committed) -> None:
+        source = self._planner.source_of(params)
         if source is not None:
-            source.observe(Committed(sequence.slot, token_ids, root, hidden_TE, path))
+            source.observe(committed)
 
     def _make_head_source(
         self, parts: EngineParts, static_tree: Tree | None, capacity: int
@@ -358,14 +352,10 @@ class Engine:
         if parts.heads is None:
             return None
         calibration = calibration_or_default(parts.calibration, parts.heads)
-        source = HeadSource(parts.heads, calibration, self.backbone.device, static_tree)
-        source.allocate(
-            slots=self.config.slots,
-            capacity=capacity,
-            dtype=self.backbone.dtype,
-            device=self.backbone.device,
-        )
-        return source
+        trees = HeadTrees(parts.heads, calibration, self.backbone.device, static_tree)
+        shape = parts.heads.cache_shape
+        cache = None if shape is None else self.backbone.new_cache(self.config.slots, capacity, shape)
+        return HeadSource(trees, cache)
 
     def _choose_tree_nodes(self) -> int:
         if self.head_source is None:

@@ -34,11 +34,8 @@ class StepTimer:
     @torch.inference_mode()
     def measure(self, max_context: int) -> StepTimes:
         """Every context, and every tree size where there are heads to fill trees."""
-        if self._source is None:
-            times = measure_step_times(self.seconds, max_context, ())
-        else:  # the deepest drafts need positions too
-            room = max_context - self._source.heads.num_heads
-            times = measure_step_times(self.seconds, room, TREE_SIZES)
+        depth = self._source.heads.num_heads if self._source else 0  # the deepest drafts need positions too
+        times = measure_step_times(self.seconds, max_context - depth, TREE_SIZES if self._source else ())
         logger.info("step times (ms): %s", {n: round(1e3 * t, 2) for n, t in times.trees.items()})
         return times
 

@@ -2,9 +2,10 @@
 
 import statistics
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+
+from medusa_core.draft.accuracy import bracket
 
 BASELINE_CONTEXTS = (32, 256, 1024, 4096, 16384)
 REFERENCE_CONTEXT = 256
@@ -24,19 +25,14 @@ class StepTimes:
 
     def baseline_seconds(self, context: int) -> float:
         """Step time without speculation at a cached length, interpolated; 0.0 if nothing was measured."""
-        known = sorted(self.baseline)
-        if not known:
+        if not self.baseline:
             return 0.0
-        place = bisect_right(known, context)
-        if place == 0 or place == len(known):
-            return self.baseline[known[min(place, len(known) - 1)]]
-        low, high = known[place - 1], known[place]
-        share = (context - low) / (high - low)
+        low, high, share = bracket(self.baseline, context)
         return self.baseline[low] + share * (self.baseline[high] - self.baseline[low])
 
 
 def measure_step_times(timed_step: TimedStep, max_context: int, tree_sizes: tuple[int, ...]) -> StepTimes:
-    """Time every point in interleaved rounds, so that a noisy moment does not favour one of them."""
+    """Time every point in interleaved rounds, so that a noisy moment does not favor one of them."""
     contexts = [c for c in BASELINE_CONTEXTS if c < max_context] or [max(1, max_context // 2)]
     reference = min(REFERENCE_CONTEXT, contexts[-1])
     points = [(1, c) for c in contexts] + [(size, reference) for size in tree_sizes]

@@ -80,11 +80,10 @@ class Backbone:
         embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
         return embeddings
 
-    def new_cache(self, slots: int, capacity: int) -> KVCache:
-        """Zeroed slots for this model's layers. Raises `ConfigError` if memory does not hold them."""
-        return KVCache(
-            self._cache_shape, slots=slots, capacity=capacity, dtype=self.dtype, device=self.device
-        )
+    def new_cache(self, slots: int, capacity: int, shape: CacheShape | None = None) -> KVCache:
+        """Zeroed slots for this model's layers, or others. Raises `ConfigError` without memory for them."""
+        shape = shape or self._cache_shape
+        return KVCache(shape, slots=slots, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def prefill(self, token_ids: Sequence[int], cache: CacheRows) -> BackboneOutput:
         """Run and commit prompt tokens behind one row's own; logits [1, 1, V] are the last token's."""

@@ -92,16 +92,13 @@ class KVCache:
 
     def advance(self, slot: int, count: int) -> None:
         """Commit `count` rows behind the slot's length."""
-        self._set_length(slot, self.lengths[slot] + count)
+        self.lengths[slot] += count
+        assert self.lengths[slot] <= self.capacity
 
     def truncate(self, slot: int, length: int) -> None:
         """Forget everything from position `length` on."""
         if not 0 <= length <= self.lengths[slot]:
             raise ValueError(f"cannot truncate {self.lengths[slot]} tokens to {length}")
-        self._set_length(slot, length)
-
-    def _set_length(self, slot: int, length: int) -> None:
-        assert length <= self.capacity
         self.lengths[slot] = length
 
 
@@ -129,11 +126,9 @@ class RowsLayer(CacheLayerMixin):
             storage_2BHCD[0, slot, :, start : start + count] = key_states[row]
             storage_2BHCD[1, slot, :, start : start + count] = value_states[row]
         end = max(starts) + count
-        first = self._slots[0]
-        if self._slots == tuple(range(first, first + len(self._slots))):
-            keys, values = storage_2BHCD[:, first : first + len(self._slots), :, :end]
-        else:
-            keys, values = storage_2BHCD[:, list(self._slots), :, :end]
+        span = range(self._slots[0], self._slots[0] + len(self._slots))
+        rows = slice(span.start, span.stop) if self._slots == tuple(span) else list(self._slots)
+        keys, values = storage_2BHCD[:, rows, :, :end]
         return keys, values
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:

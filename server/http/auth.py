@@ -30,9 +30,6 @@ class KeyRing:
     def __init__(self, keys: Iterable[str]) -> None:
         self._digests = tuple({_digest(key.encode()) for key in keys})
 
-    def __len__(self) -> int:
-        return len(self._digests)
-
     def accepts(self, key: bytes) -> bool:
         """Takes as long for any key: digests are compared whole, and with every key there is."""
         presented = _digest(key)

@@ -29,6 +29,7 @@ REJECTED = "rejected"  # finish reason of requests that never got into the queue
 FINISH_REASONS = (*FinishReason, REJECTED)
 RESTART_REASONS = ("crash", "hang", "load")  # it died, was killed for making no progress, could not load
 WORKER_STATES = ("starting", "ready", "failed")
+INFO_LABELS = ("num_heads", "dtype", "device", "context_length", "tree_nodes")  # fields of `ModelInfo`
 
 # fmt: off
 STEP_BUCKETS = (
@@ -151,7 +152,7 @@ class ServerMetrics:
         self._model_info = gauge(
             "medusa_model_info",
             "Always 1; the labels say what is served.",
-            ["heads", "num_heads", "dtype", "device", "context_length", "tree_nodes", "version"],
+            ["heads", *INFO_LABELS, "version"],
         )
 
     def watch_queue(self, depth: Callable[[], float], running: Callable[[], float]) -> None:
@@ -173,15 +174,8 @@ class ServerMetrics:
 
     def describe_model(self, info: ModelInfo) -> None:
         """What is served, once it is known."""
-        self._model_info.labels(
-            heads=info.heads or "none",
-            num_heads=info.num_heads,
-            dtype=info.dtype,
-            device=info.device,
-            context_length=info.context_length,
-            tree_nodes=info.tree_nodes,
-            version=medusa_core.__version__,
-        ).set(1)
+        labels = (getattr(info, name) for name in INFO_LABELS)
+        self._model_info.labels(info.heads or "none", *labels, medusa_core.__version__).set(1)
 
     def observe_response(self, route: str, status: int) -> None:
         """Account for one HTTP response; `route` is the pattern, not the path, so that series stay few."""
@@ -208,9 +202,8 @@ class ServerMetrics:
             self._phases, (stats.propose_seconds, stats.verify_seconds, stats.commit_seconds), strict=True
         ):
             child.observe(seconds)
-        if num_tokens:
-            for _ in range(num_tokens):
-                self.inter_token_latency.observe(stats.seconds / num_tokens)
+        for _ in range(num_tokens):
+            self.inter_token_latency.observe(stats.seconds / num_tokens)
         if stats.baseline_seconds > 0.0:
             self.decode_seconds.inc(stats.seconds)
             self.baseline_seconds.inc(stats.baseline_seconds)

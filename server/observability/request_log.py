@@ -13,12 +13,7 @@ PROBES = ("/health", "/ready", "/metrics")
 
 def log_request(context: RequestContext, trace_id: str | None = None) -> None:
     """The request line: its fields are key=value in text and members in JSON."""
-    request = {
-        "client": context.client,
-        "method": context.method,
-        "path": context.path,
-        "status": context.status,
-    }
+    request = {name: getattr(context, name) for name in ("client", "method", "path", "status")}
     fields = _fields(context)
     if trace_id is not None:
         fields["trace_id"] = trace_id

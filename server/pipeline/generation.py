@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.text.assembler import TextAssembler
+from server.errors import ApiError
 from server.observability.metrics import ServerMetrics
 from server.schemas.completion import SpeculationUsage, Usage
 from server.workers.scheduler import Job, Scheduler
-from server.workers.token_queue import Failed, Finished
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,14 +77,14 @@ class Generation:
     async def _next(self) -> TextDelta:
         outputs, end = await self.job.tokens.take()
         text = "".join([self._push(output) for output in outputs])
-        if isinstance(end, Finished):
+        if isinstance(end, FinishReason):
             text += self._assembler.finish()
         if self._assembler.is_stopped:
             self._scheduler.stop(self.job)
             return TextDelta(text, FinishReason.STOP)
-        if isinstance(end, Failed):
-            raise end.error
-        return TextDelta(text, end.reason if end else None)
+        if isinstance(end, ApiError):
+            raise end
+        return TextDelta(text, end)
 
     def _push(self, output: StepOutput) -> str:
         before = self._assembler.decode_tokens

@@ -16,12 +16,12 @@ from medusa_core.sampling_params import (
     MAX_SEED,
     DraftSourceName,
     SamplingParams,
-    SpeculationMode,
     SpeculationParams,
 )
 from medusa_core.text.tokenizer import ChatTokenizer
 from server import errors
 from server.schemas.chat import ChatMessage, ChatRequest, Speculation
+from server.settings import Settings
 
 ADAPTIVE_TREE = "dynamic"
 
@@ -32,10 +32,8 @@ class PromptBuilder:
 
     chat: ChatTokenizer
     info: ModelInfo
-    default_mode: SpeculationMode
-    default_source: DraftSourceName
+    settings: Settings
     executor: Executor
-    timeout: float  # seconds; a template is somebody's code and may loop
 
     async def prepare(self, body: ChatRequest, request_id: str, client_id: str = "") -> Request:
         """Raises a 400 `ApiError` naming the parameter, or a 503 when time is up."""
@@ -43,7 +41,8 @@ class PromptBuilder:
         params = self._params(body)
         loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(self.timeout):
+            # A template is somebody's code and may loop.
+            async with asyncio.timeout(self.settings.request_timeout):
                 prompt_ids = await loop.run_in_executor(
                     self.executor, self.chat.render, _template_messages(body.messages)
                 )
@@ -69,8 +68,8 @@ class PromptBuilder:
         )
 
     def _speculation(self, given: Speculation) -> SpeculationParams:
-        mode = self.default_mode if given.mode is None else given.mode
-        source = self.default_source if given.source is None else given.source
+        mode = given.mode or self.settings.speculation
+        source = given.source or self.settings.speculation_source
         self._check_tree(given.tree, source)
         self._check_source(source)
         return SpeculationParams(

@@ -1,7 +1,5 @@
 """JSON responses, encoded by msgspec."""
 
-from collections.abc import Mapping
-
 import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -14,8 +12,8 @@ ERROR_CODE = "medusa.error_code"  # key of the ASGI scope
 _json = msgspec.json.Encoder()
 
 
-def json_response(value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
-    return Response(_json.encode(value), status_code=status, headers=headers, media_type="application/json")
+def json_response(value: object, status: int = 200) -> Response:
+    return Response(_json.encode(value), status_code=status, media_type="application/json")
 
 
 class ErrorResponse(Response):

@@ -3,9 +3,10 @@
 import asyncio
 import secrets
 import time
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
+from msgspec import UNSET
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -15,11 +16,11 @@ from server.errors import ApiError
 from server.observability.request_context import ChatContext, RequestContext, context_of
 from server.pipeline.generation import Generation, TextDelta
 from server.pipeline.responses import CLIENT_CLOSED, json_response
-from server.pipeline.streaming import ChatStream, ChunkEncoder, chat_events
-from server.routes.dependencies import get_runtime
+from server.pipeline.streaming import ChatStream, chat_events
+from server.routes.dependencies import AppRuntime
 from server.runtime import Runtime
 from server.schemas.chat import ChatRequest
-from server.schemas.completion import AssistantMessage, ChatCompletion, Choice
+from server.schemas.completion import AssistantMessage, ChatChunk, ChatCompletion, Choice
 from server.schemas.errors import ErrorResponse
 
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -30,9 +31,7 @@ router = APIRouter(tags=["chat"])
 
 
 @router.post("/v1/chat/completions", response_model=ChatCompletion, responses=REFUSALS)
-async def create_chat_completion(
-    body: ChatRequest, request: HttpRequest, runtime: Annotated[Runtime, Depends(get_runtime)]
-) -> Response:
+async def create_chat_completion(body: ChatRequest, request: HttpRequest, runtime: AppRuntime) -> Response:
     """Answer a conversation. With `stream` the answer is a stream of server-sent events."""
     if body.model != runtime.model_name:
         raise errors.model_not_found(body.model)
@@ -73,16 +72,15 @@ def _stream(generation: Generation, body: ChatRequest, runtime: Runtime, context
         runtime.metrics.observe_error(error.label)
         context.error = error.label
 
-    include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-    encoder = ChunkEncoder(
-        completion_id=generation.job.request.request_id,
+    template = ChatChunk(
+        id=generation.job.request.request_id,
         created=int(time.time()),
         model=body.model,
-        fingerprint=runtime.fingerprint,
-        include_usage=include_usage,
+        system_fingerprint=runtime.fingerprint,
+        usage=None if body.stream_options and body.stream_options.include_usage else UNSET,
     )
     return ChatStream(
-        chat_events(generation, encoder, include_usage=include_usage, on_error=on_error),
+        chat_events(generation, template, on_error),
         on_close=lambda: runtime.scheduler.cancel(generation.job),
         keepalive=runtime.settings.keepalive,
         send_timeout=runtime.settings.send_timeout,

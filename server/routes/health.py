@@ -1,14 +1,11 @@
 """`/health`: the process answers. `/ready`: a request would be served now."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.responses import Response
 
 from server import errors
 from server.pipeline.responses import json_response
-from server.routes.dependencies import get_runtime
-from server.runtime import Runtime
+from server.routes.dependencies import AppRuntime
 
 router = APIRouter(tags=["operation"])
 
@@ -20,7 +17,7 @@ async def health() -> Response:
 
 
 @router.get("/ready", responses={503: {"description": "Not ready; `reason` says why."}})
-async def ready(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+async def ready(runtime: AppRuntime) -> Response:
     reason = runtime.why_not_ready()
     if reason is None:
         return json_response({"status": "ready"})

@@ -1,17 +1,14 @@
 """`GET /metrics` for Prometheus, unless `MEDUSA_METRICS_PORT` gives it a port of its own."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from starlette.responses import Response
 
-from server.routes.dependencies import get_runtime
-from server.runtime import Runtime
+from server.routes.dependencies import AppRuntime
 
 router = APIRouter(tags=["operation"])
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+async def metrics(runtime: AppRuntime) -> Response:
     return Response(generate_latest(runtime.metrics.registry), media_type=CONTENT_TYPE_LATEST)

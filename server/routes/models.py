@@ -1,14 +1,12 @@
 """`GET /v1/models`: the one model that is served."""
 
-from typing import Annotated
-
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from server import errors
 from server.pipeline.responses import json_response
-from server.routes.dependencies import get_runtime
+from server.routes.dependencies import AppRuntime
 from server.runtime import Runtime
 from server.schemas.errors import ErrorResponse
 from server.schemas.models import Model, ModelList
@@ -17,13 +15,13 @@ router = APIRouter(tags=["models"])
 
 
 @router.get("/v1/models", response_model=ModelList)
-async def list_models(runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+async def list_models(runtime: AppRuntime) -> Response:
     return json_response(ModelList(data=[_model(runtime)]))
 
 
 # A name may hold slashes, as hub ids do.
 @router.get("/v1/models/{model:path}", response_model=Model, responses={404: {"model": ErrorResponse}})
-async def retrieve_model(model: str, runtime: Annotated[Runtime, Depends(get_runtime)]) -> Response:
+async def retrieve_model(model: str, runtime: AppRuntime) -> Response:
     if not model:
         raise HTTPException(404)  # `/v1/models/`: an unknown path, no unknown model
     if model != runtime.model_name:

@@ -6,37 +6,29 @@ It is strict: what we do not know is refused, and what we cannot honor too unles
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, WithJsonSchema, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from medusa_core.config import TYPICAL_DELTA, TYPICAL_EPSILON
-from medusa_core.sampling_params import MAX_SEED, DraftSourceName, SpeculationMode
+from medusa_core.sampling_params import (
+    MAX_SEED,
+    MAX_STOP_LENGTH,
+    MAX_STOPS,
+    MAX_TEMPERATURE,
+    MAX_TOP_K,
+    DraftSourceName,
+    SpeculationMode,
+)
 from server.schemas.neutral import Neutral
 
 MAX_MESSAGES = 2048
 MAX_PARTS = 2048  # of one message
 MAX_MEMBERS = 128  # of any object; the longest we know has 40
 MAX_METADATA = 16  # OpenAI's own limit
-MAX_STOPS = 4
-MAX_STOP_LENGTH = 256  # characters
-MAX_TOP_K = 2**31 - 1
 MIN_SEED = -(2**63)  # OpenAI's seeds are signed 64-bit integers; ours may also be unsigned ones
 
-TEXT_PARTS_SCHEMA: dict[str, Any] = {
-    "type": "array",
-    "minItems": 1,
-    "maxItems": MAX_PARTS,
-    "items": {
-        "type": "object",
-        "required": ["type", "text"],
-        "additionalProperties": False,
-        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
-    },
-}
-StopList = Annotated[
-    list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]], Field(max_length=MAX_STOPS)
-]
-STOP_SCHEMA: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+Stops = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
 def _as_parts(value: Any) -> Any:
@@ -81,16 +73,17 @@ class TextPart(_Strict):
     text: str
 
 
+TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS)]
+
+
 class ChatMessage(_Strict):
     """One message. The nullable fields are those an SDK sends back with an assistant's earlier answer."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
-        list[TextPart],
+        TextParts,
         FailFast(),  # see `_check_members`
-        BeforeValidator(_as_parts),
-        Field(min_length=1),
-        WithJsonSchema({"anyOf": [{"type": "string"}, TEXT_PARTS_SCHEMA]}),
+        BeforeValidator(_as_parts, json_schema_input_type=str | TextParts),
     ]
     name: Annotated[str | None, Neutral()] = None
     refusal: Annotated[str | None, Neutral()] = None
@@ -135,22 +128,12 @@ class ChatRequest(_Strict):
     messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0.0, le=2.0)] = None
+    temperature: Annotated[float | None, Field(ge=0.0, le=MAX_TEMPERATURE)] = None
     top_p: Annotated[float | None, Field(gt=0.0, le=1.0)] = None
     seed: Annotated[int | None, Field(ge=MIN_SEED, le=MAX_SEED)] = None
-    stop: Annotated[
-        StopList | None,
-        BeforeValidator(_as_list),
-        WithJsonSchema(
-            {
-                "anyOf": [
-                    STOP_SCHEMA,
-                    {"type": "array", "maxItems": MAX_STOPS, "items": STOP_SCHEMA},
-                    {"type": "null"},
-                ]
-            }
-        ),
-    ] = None
+    stop: Annotated[Stops | None, BeforeValidator(_as_list, json_schema_input_type=Stop | Stops | None)] = (
+        None
+    )
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 

@@ -79,5 +79,5 @@ class ChatChunk(Struct, frozen=True, kw_only=True):
     created: int
     model: str
     system_fingerprint: str
-    choices: tuple[ChunkChoice, ...]
+    choices: tuple[ChunkChoice, ...] = ()
     usage: Usage | UnsetType | None = UNSET

@@ -1,7 +1,6 @@
 """Parameters of OpenAI's that we do not serve: their neutral values pass, anything else is refused."""
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from pydantic import GetCoreSchemaHandler, GetJsonSchemaHandler
@@ -9,7 +8,6 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
-@dataclass(frozen=True, init=False)
 class Neutral:
     """Annotation of a field that may be null or one of `values` and nothing else.
 
@@ -17,12 +15,8 @@ class Neutral:
     `says` is what a client reads instead of the list of values.
     """
 
-    values: tuple[Any, ...]
-    says: str | None
-
     def __init__(self, *values: Any, says: str | None = None) -> None:
-        object.__setattr__(self, "values", values)
-        object.__setattr__(self, "says", says)
+        self.values, self.says = values, says
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)

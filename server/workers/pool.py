@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from medusa_core.errors import MedusaError
 from medusa_core.model_info import ModelInfo
 from server.observability.metrics import ServerMetrics
+from server.settings import Settings
 from server.workers.scheduler import Scheduler
-from server.workers.supervisor import PoolPolicy, WorkerSupervisor
+from server.workers.supervisor import WorkerSupervisor
 from server.workers.worker import WorkerConfig
 
 
@@ -23,15 +24,14 @@ class WorkerPool:
     def __init__(
         self,
         configs: Sequence[WorkerConfig],
-        policy: PoolPolicy,
+        settings: Settings,
         scheduler: Scheduler,
         metrics: ServerMetrics,
     ) -> None:
-        self.policy = policy
-        self.scheduler = scheduler
-        self.metrics = metrics
+        """Of the settings the limits of restarts and of patience are used."""
+        self.settings, self.scheduler, self.metrics = settings, scheduler, metrics
         self.is_stopping = False
-        self._generations = itertools.count(1)
+        self.generations = itertools.count(1)
         self.supervisors = [WorkerSupervisor(self, config) for config in configs]
         self._info: asyncio.Future[ModelInfo] | None = None
         self._watchdog: asyncio.Task[None] | None = None
@@ -43,8 +43,7 @@ class WorkerPool:
     @property
     def num_slots(self) -> int:
         """Slots of all workers that are ready."""
-        ready = [supervisor.worker for supervisor in self.supervisors if supervisor.is_ready]
-        return sum(worker.slots for worker in ready if worker is not None)
+        return sum(s.worker.slots for s in self.supervisors if s.is_ready and s.worker is not None)
 
     def count_states(self) -> Counter[str]:
         """How many workers are starting, ready, failed."""
@@ -85,9 +84,6 @@ class WorkerPool:
 
     # For supervisors
 
-    def next_generation(self) -> int:
-        return next(self._generations)
-
     def note_ready(self, info: ModelInfo) -> None:
         if self._info is not None and not self._info.done():
             self._info.set_result(info)
@@ -100,7 +96,7 @@ class WorkerPool:
             self._info.set_exception(WorkerStartError(self.why_not_ready()))
 
     async def _watch(self) -> None:
-        interval = min(1.0, self.policy.stall_timeout / 4, self.policy.load_timeout / 4)
+        interval = min(1.0, self.settings.stall_timeout / 4, self.settings.load_timeout / 4)
         while True:
             await asyncio.sleep(interval)
             for supervisor in self.supervisors:

@@ -26,7 +26,7 @@ from server.workers.messages import (
     Step,
     Submit,
     decode_event,
-    encode_command,
+    encode,
 )
 from server.workers.worker import WorkerConfig, worker_main
 
@@ -59,11 +59,7 @@ class WorkerProcess:
         self._running: set[str] = set()
         self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
         self._exited = asyncio.Event()
-        self._exit_code: int | None = None
-
-    @property
-    def num_free(self) -> int:
-        return 0 if self.info is None else self.info.slots - len(self._running)
+        self.exit_code: int | None = None  # while it runs
 
     @property
     def slots(self) -> int:
@@ -71,13 +67,12 @@ class WorkerProcess:
         return 0 if self.info is None else self.info.slots
 
     @property
-    def is_busy(self) -> bool:
-        return bool(self._running)
+    def num_free(self) -> int:
+        return self.slots - len(self._running)
 
     @property
-    def exit_code(self) -> int | None:
-        """None while it runs."""
-        return self._exit_code
+    def is_busy(self) -> bool:
+        return bool(self._running)
 
     def start(self) -> None:
         """Spawn the process and listen to it. Raises `OSError` if the system has no room for one."""
@@ -105,15 +100,17 @@ class WorkerProcess:
         writer.start()
 
     def submit(self, request: Request) -> None:
+        """Hand a request to a free slot."""
         if not self._running:
             self.last_progress = time.monotonic()
         self._running.add(request.request_id)
-        self._send(Submit(self.generation, request))
+        self._send(Submit(request))
 
     def abort(self, request_id: str) -> None:
+        """Free the request's slot; a request that has left already is ignored."""
         if request_id in self._running:
             self._running.remove(request_id)
-            self._send(Abort(self.generation, request_id))
+            self._send(Abort(request_id))
 
     def poll_events(self) -> None:
         """Take in what has arrived: before judging progress, and before declaring requests lost."""
@@ -140,7 +137,7 @@ class WorkerProcess:
     def _send(self, command: Command) -> None:
         # A writer thread, because a prompt may exceed what the pipe takes while the worker is in a step.
         # Commands come once or twice a request, so the hop costs nothing that matters.
-        self._outgoing.put(encode_command(command))
+        self._outgoing.put(encode(command))
 
     def _receive(self) -> None:
         try:
@@ -184,8 +181,8 @@ class WorkerProcess:
         # The sentinel tells that its files are closed. A driver may take a while longer to give up a GPU's
         # memory, which the other workers' streams must not wait for.
         self._process.join(0)
-        self._exit_code = self._process.exitcode
-        if self._exit_code is None:
+        self.exit_code = self._process.exitcode
+        if self.exit_code is None:
             self._loop.call_later(REAP_SECONDS, self._reap)
             return
         # Two descriptors, which would stay open as long as an ended job remembers this worker.

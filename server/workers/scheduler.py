@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Protocol
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.request import Request
@@ -19,25 +18,12 @@ from server.errors import ApiError
 from server.observability.logging import COMPLETION_ID, REQUEST_ID
 from server.observability.metrics import ServerMetrics
 from server.observability.timeline import Timeline
-from server.workers.token_queue import End, Failed, Finished, TokenQueue
+from server.workers.process import WorkerProcess
+from server.workers.token_queue import End, TokenQueue
 
 logger = logging.getLogger(__name__)
 
 CHUNK_INTERVAL = 0.008  # seconds between batches of a request's tokens
-
-
-class WorkerPort(Protocol):
-    """What the scheduler sees of a worker that is ready."""
-
-    @property
-    def num_free(self) -> int:
-        """Slots without a request."""
-
-    def submit(self, request: Request) -> None:
-        """Take the request into a free slot; never blocks."""
-
-    def abort(self, request_id: str) -> None:
-        """Free the request's slot; a request that has left already is ignored."""
 
 
 class JobState(Enum):
@@ -56,7 +42,7 @@ class Job:
     timeline: Timeline
     tokens: TokenQueue = field(default_factory=lambda: TokenQueue(CHUNK_INTERVAL))
     state: JobState = JobState.WAITING
-    worker: WorkerPort | None = None
+    worker: WorkerProcess | None = None
     timer: asyncio.TimerHandle | None = None
 
     @property
@@ -79,7 +65,7 @@ class Scheduler:
         self.metrics = metrics
         self._waiting: dict[str, Job] = {}
         self._running: dict[str, Job] = {}
-        self._workers: list[WorkerPort] = []
+        self._workers: list[WorkerProcess] = []
         self._are_workers_gone = False
         self._idle = asyncio.Event()
         self._idle.set()
@@ -129,25 +115,25 @@ class Scheduler:
 
     def cancel(self, job: Job) -> None:
         """The client has gone. Nothing happens to a job that has ended."""
-        self._end(job, Finished(FinishReason.ABORT))
+        self._end(job, FinishReason.ABORT)
 
     def stop(self, job: Job) -> None:
         """A stop string was found in its text."""
-        self._end(job, Finished(FinishReason.STOP))
+        self._end(job, FinishReason.STOP)
 
     def expire(self, job: Job) -> None:
         """Its time is up: cut short what it has, or refuse it."""
         if job.state is JobState.RUNNING:
             logger.warning("cut short: the request ran into its timeout", extra=job.log_ids)
-            self._end(job, Finished(FinishReason.LENGTH))
+            self._end(job, FinishReason.LENGTH)
         else:
             logger.warning("refused: no slot within the request timeout", extra=job.log_ids)
-            self._end(job, Failed(errors.unavailable("No slot became free in time.", "queue_timeout")))
+            self._end(job, errors.unavailable("No slot became free in time.", "queue_timeout"))
 
     def fail_all(self, error: ApiError) -> None:
         """End everything, waiting and running."""
         for job in [*self._waiting.values(), *self._running.values()]:
-            self._end(job, Failed(error))
+            self._end(job, error)
 
     async def wait_idle(self) -> None:
         """Until no accepted request is left."""
@@ -155,11 +141,11 @@ class Scheduler:
 
     # What workers report
 
-    def worker_ready(self, worker: WorkerPort) -> None:
+    def worker_ready(self, worker: WorkerProcess) -> None:
         self._workers.append(worker)
         self._dispatch()
 
-    def worker_output(self, worker: WorkerPort, output: StepOutput) -> None:
+    def worker_output(self, worker: WorkerProcess, output: StepOutput) -> None:
         """Tokens of a step. What a request that has ended still gets is dropped."""
         if output.stats is not None:
             self.metrics.observe_step(output.stats, len(output.token_ids))
@@ -175,22 +161,24 @@ class Scheduler:
                 pass
             case FinishReason.ERROR:
                 logger.error("the request failed on the worker: %s", output.error, extra=job.log_ids)
-                self._end(job, Failed(self._failure_of(output)))
+                self._end(job, self._failure_of(output))
             case reason:
-                self._end(job, Finished(reason))
+                self._end(job, reason)
 
-    def worker_rejected(self, worker: WorkerPort, request_id: str, message: str, param: str | None) -> None:
+    def worker_rejected(
+        self, worker: WorkerProcess, request_id: str, message: str, param: str | None
+    ) -> None:
         """The engine refused one request before its first step."""
         job = self._running.get(request_id)
         if job is not None and job.worker is worker:
-            self._end(job, Failed(errors.invalid(message, param=param)))
+            self._end(job, errors.invalid(message, param=param))
 
-    def worker_lost(self, worker: WorkerPort) -> None:
+    def worker_lost(self, worker: WorkerProcess) -> None:
         """The worker is gone: its requests fail, since their text so far cannot be continued elsewhere."""
         if worker in self._workers:
             self._workers.remove(worker)
         for job in [job for job in self._running.values() if job.worker is worker]:
-            self._end(job, Failed(errors.worker_lost()))
+            self._end(job, errors.worker_lost())
 
     def workers_gone(self) -> None:
         """The pool has given up: there is nothing to wait for."""
@@ -224,7 +212,7 @@ class Scheduler:
         else:
             del self._waiting[request_id]
         job.tokens.close(end)
-        reason = end.reason if isinstance(end, Finished) else FinishReason.ERROR
+        reason = FinishReason.ERROR if isinstance(end, ApiError) else end
         self.metrics.observe_end(reason, job.timeline.end(reason))
         if not self._waiting and not self._running:
             self._idle.set()

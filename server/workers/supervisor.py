@@ -4,29 +4,19 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
-from medusa_core.model_info import ModelInfo
-from server.observability.metrics import ServerMetrics
 from server.workers.messages import Event, Loading, Ready, Rejected, StartFailed, Step
 from server.workers.process import WorkerProcess
-from server.workers.scheduler import Scheduler
 from server.workers.worker import WorkerConfig
+
+if TYPE_CHECKING:
+    from server.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
 
 FIRST_BACKOFF = 0.5  # seconds, doubled for each restart in a row without a completed step
 MAX_BACKOFF = 30.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PoolPolicy:
-    """`restart_limit`: restarts in a row without a completed step; `stall_timeout`: seconds a busy worker may
-    be silent, `load_timeout`: one that loads."""
-
-    restart_limit: int
-    stall_timeout: float
-    load_timeout: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,32 +27,10 @@ class Failure:
     text: str = "the worker died"
 
 
-class SupervisorOwner(Protocol):
-    """The pool, as its supervisors see it."""
-
-    policy: PoolPolicy
-    scheduler: Scheduler
-    metrics: ServerMetrics
-    is_stopping: bool
-
-    @property
-    def has_one_worker(self) -> bool:
-        """Whether there are no others."""
-
-    def next_generation(self) -> int:
-        """A number no worker has had."""
-
-    def note_ready(self, info: ModelInfo) -> None:
-        """A worker has loaded."""
-
-    def note_given_up(self) -> None:
-        """A worker will not start again."""
-
-
 class WorkerSupervisor:
     """Keeps one worker running: its current process, and how often it was restarted in a row."""
 
-    def __init__(self, pool: SupervisorOwner, config: WorkerConfig) -> None:
+    def __init__(self, pool: "WorkerPool", config: WorkerConfig) -> None:
         self._pool = pool
         self._config = config
         self._restarts_in_row = 0
@@ -78,7 +46,7 @@ class WorkerSupervisor:
         self._timer = None
         self._failure = Failure()
         self.worker = WorkerProcess(
-            self._config, self._pool.next_generation(), self._handle_event, self._handle_exit
+            self._config, next(self._pool.generations), self._handle_event, self._handle_exit
         )
         try:
             self.worker.start()
@@ -122,14 +90,13 @@ class WorkerSupervisor:
 
     def _silence(self) -> float:
         """Seconds without progress, as far as there was something to do."""
-        worker = self.worker
-        if worker is None or (self.is_ready and not worker.is_busy):
+        if self.worker is None or (self.is_ready and not self.worker.is_busy):
             return 0.0
-        return time.monotonic() - worker.last_progress
+        return time.monotonic() - self.worker.last_progress
 
     def _patience(self) -> float:
-        policy = self._pool.policy
-        return policy.stall_timeout if self.is_ready else policy.load_timeout
+        settings = self._pool.settings
+        return settings.stall_timeout if self.is_ready else settings.load_timeout
 
     def kill(self) -> None:
         self._cancel_restart()
@@ -174,13 +141,8 @@ class WorkerSupervisor:
         self._pool.scheduler.worker_lost(worker)
         if self._pool.is_stopping:
             return
-        logger.log(
-            self._level,
-            "worker %d ended (exit code %s): %s",
-            worker.generation,
-            worker.exit_code,
-            self._failure.text,
-        )
+        what = f"worker {worker.generation} ended (exit code {worker.exit_code}): {self._failure.text}"
+        logger.log(self._level, "%s", what)
         self._fail()
 
     def _fail(self) -> None:
@@ -189,7 +151,7 @@ class WorkerSupervisor:
         if not self.has_started:
             # Nothing has worked yet: a wrong setting, most likely, which a restart does not mend.
             self._give_up(self._failure.text)
-        elif self._restarts_in_row >= self._pool.policy.restart_limit:
+        elif self._restarts_in_row >= self._pool.settings.restart_limit:
             count = self._restarts_in_row
             self._give_up(f"{self._failure.text}; given up after {count} restarts without a completed step")
         else:

@@ -1,27 +1,12 @@
 """The queue of a request's step outputs, between the scheduler and whoever turns tokens into text."""
 
 import asyncio
-from dataclasses import dataclass
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from server.errors import ApiError
 
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """The request ended by itself, or was cut short with what it had."""
-
-    reason: FinishReason
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """The request ended with an error the client is to see."""
-
-    error: ApiError
-
-
-End = Finished | Failed
+End = FinishReason | ApiError
+"""How a request ended: by itself or cut short with what it had, or with an error the client is to see."""
 
 
 class TokenQueue:
@@ -49,13 +34,11 @@ class TokenQueue:
             if self._waiter is not None:
                 self._wake_in_time()
 
-    def close(self, end: End) -> bool:
-        """Set the one end there is; False if there was one already."""
-        if self._end is not None:
-            return False
-        self._end = end
-        self._wake()
-        return True
+    def close(self, end: End) -> None:
+        """Set the one end there is: the first."""
+        if self._end is None:
+            self._end = end
+            self._wake()
 
     async def take(self) -> tuple[list[StepOutput], End | None]:
         """All outputs not yet taken, and the end if it has come. Waits until there is either."""

@@ -14,14 +14,13 @@ import threading
 from dataclasses import dataclass, replace
 from multiprocessing import parent_process
 from multiprocessing.connection import Connection, wait
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from medusa_core.config import EngineConfig
-from medusa_core.engine.outputs import StepOutput
 from medusa_core.errors import ConfigError, MedusaError, TreeError
 from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
-from server.observability.logging import COMPLETION_ID, LogFormat, adopt_libraries, configure_logging
+from server.observability.logging import LogFormat, adopt_libraries, configure_logging
 from server.workers.frames import FrameWriter
 from server.workers.messages import (
     Abort,
@@ -36,8 +35,11 @@ from server.workers.messages import (
     Submit,
     clip,
     decode_command,
-    encode_event,
+    encode,
 )
+
+if TYPE_CHECKING:
+    from medusa_core.engine.engine import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -59,37 +61,19 @@ class WorkerConfig:
     num_workers: int = 1
 
 
-class WorkerEngine(Protocol):
-    """The part of `medusa_core.engine.engine.Engine` the loop uses."""
-
-    @property
-    def has_work(self) -> bool:
-        """Whether `step` has something to do."""
-
-    def add(self, request: Request) -> None:
-        """Take a request into a slot; raises a `MedusaError` that is this request's own."""
-
-    def abort(self, request_id: str) -> bool:
-        """Free a slot."""
-
-    def step(self) -> list[StepOutput]:
-        """One step of one slot."""
-
-
 class WorkerLoop:
     """Commands in, steps out, until told to leave."""
 
     def __init__(
         self,
-        engine: WorkerEngine,
-        generation: int,
+        engine: "Engine",
         commands: Connection,
         outbox: FrameWriter,
-        client_ids: dict[str, str] | None = None,
+        client_ids: dict[str, str],
     ) -> None:
+        """`client_ids`: kept up to date, by completion id, for as long as a request is here."""
         self._engine = engine
-        self._client_ids = {} if client_ids is None else client_ids
-        self._generation = generation
+        self._client_ids = client_ids
         self._commands = commands
         self._outbox = outbox
         self._readable = select.poll()
@@ -123,18 +107,15 @@ class WorkerLoop:
                 self._client_ids.pop(output.request_id, None)
             if output.error is not None:
                 output = replace(output, error=clip(output.error))
-            self._tell(Step(self._generation, output))
+            self._tell(Step(output))
         if not outputs:
-            self._tell(Step(self._generation, None))
+            self._tell(Step(None))
 
     def _tell(self, event: Event) -> None:
-        self._outbox.put(encode_event(event))
+        self._outbox.put(encode(event))
 
     def _obey(self, command: Command) -> None:
         match command:
-            case Submit(generation=generation, request=request) if generation != self._generation:
-                ids = {COMPLETION_ID: request.request_id}
-                logger.error("a request was meant for worker generation %d", generation, extra=ids)
             case Submit(request=request):
                 self._add(request)
             case Abort(request_id=request_id):
@@ -149,21 +130,21 @@ class WorkerLoop:
             self._engine.add(request)
         except MedusaError as error:
             del self._client_ids[request.request_id]
-            self._tell(Rejected(self._generation, request.request_id, clip(str(error)), _param(error)))
+            self._tell(Rejected(request.request_id, clip(str(error)), _param(error)))
 
 
 def worker_main(config: WorkerConfig, generation: int, commands: Connection, events: Connection) -> None:
     """Entry point of the process."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    client_ids: dict[str, str] = {}  # of the requests that are here, by completion id
+    client_ids: dict[str, str] = {}
     configure_logging(config.log_level, config.log_format, worker=generation, client_ids=client_ids)
     _leave_with_parent()
     try:
-        engine = _build_engine(config, generation, events)
+        engine = _build_engine(config, events)
         outbox = FrameWriter(events)  # only now: what is told while it loads may block
-        outbox.put(encode_event(Ready(generation, _clipped(engine.info))))
-        WorkerLoop(engine, generation, commands, outbox, client_ids).run()
+        outbox.put(encode(Ready(_clipped(engine.info))))
+        WorkerLoop(engine, commands, outbox, client_ids).run()
     except (EOFError, BrokenPipeError):
         logger.debug("worker %d leaves: the API process is gone", generation)
     except Exception:  # multiprocessing would print it past the log
@@ -171,11 +152,11 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
         sys.exit(1)
 
 
-def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> Any:
+def _build_engine(config: WorkerConfig, events: Connection) -> "Engine":
     """The engine, or no return: a failure is reported as an event and ends the process."""
 
     def tell(stage: str) -> None:
-        events.send_bytes(encode_event(Loading(generation, clip(stage))))
+        events.send_bytes(encode(Loading(clip(stage))))
 
     tell("importing libraries")
     if config.num_workers > 1:
@@ -192,7 +173,7 @@ def _build_engine(config: WorkerConfig, generation: int, events: Connection) -> 
     except (MedusaError, OSError, ValueError, RuntimeError, MemoryError) as error:
         logger.debug("the engine could not be built", exc_info=True)
         text = str(error) if isinstance(error, MedusaError) else f"{type(error).__name__}: {error}"
-        events.send_bytes(encode_event(StartFailed(generation, clip(f"cannot load {config.model}: {text}"))))
+        events.send_bytes(encode(StartFailed(clip(f"cannot load {config.model}: {text}"))))
         sys.exit(START_FAILED_EXIT)
 
 

@@ -4,7 +4,11 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from medusa_core.draft.accuracy import default_calibration
 from medusa_core.draft.draft_tree import DraftTree
+from medusa_core.draft.head_source import HeadSource
+from medusa_core.draft.head_trees import HeadTrees
+from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed, DraftSource
 from medusa_core.engine.batch import Batch, make_batch
 from medusa_core.engine.runner import EagerRunner
@@ -15,6 +19,15 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
+
+
+def head_source(heads: DraftHeads, slots: int = 1, capacity: int = 300) -> HeadSource:
+    """Uncalibrated heads with their memory on the CPU."""
+    device, shape = torch.device("cpu"), heads.cache_shape
+    cache = None
+    if shape is not None:
+        cache = KVCache(shape, slots=slots, capacity=capacity, dtype=torch.float32, device=device)
+    return HeadSource(HeadTrees(heads, default_calibration(heads.num_heads), device), cache)
 
 
 class Stepper:

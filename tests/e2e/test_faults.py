@@ -7,7 +7,6 @@ import signal
 import socket
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,10 +111,10 @@ def test_a_worker_that_hangs_while_it_loads_is_not_waited_for(four_slots, wait_u
     assert server.metric("medusa_workers", state="starting") == 1
     assert server.metric("medusa_ready") == 0
     # Only now: how long an honest start takes depends on the machine.
-    patient = server.runtime.pool.policy
-    server.runtime.pool.policy = replace(patient, load_timeout=1.0)
+    patient = server.runtime.pool.settings
+    server.runtime.pool.settings = patient.model_copy(update={"load_timeout": 1.0})
     wait_until(lambda: server.metric("medusa_worker_restarts_total", reason="load") == 1)
-    server.runtime.pool.policy = patient
+    server.runtime.pool.settings = patient
     assert server.post(timeout=120, max_tokens=3).status_code == 200
 
 

@@ -14,6 +14,7 @@ from medusa_core.draft.tree_size import scratch_rows
 from medusa_core.errors import TreeError
 from medusa_core.model.backbone import Backbone
 from tests.core.conftest import new_heads, speculate
+from tests.core.stepping import head_source
 
 CPU = torch.device("cpu")
 CALIBRATION = HeadCalibration(
@@ -40,7 +41,7 @@ def test_trees_by_name(random_heads: MedusaHeads) -> None:
 
 
 def test_depth_and_adaptivity_of_what_requests_ask_for(random_heads: MedusaHeads) -> None:
-    source = HeadSource(random_heads, CALIBRATION, CPU)
+    source = HeadSource(HeadTrees(random_heads, CALIBRATION, CPU))
     assert source.is_adaptive(speculate(tree="dynamic"))
     assert not source.is_adaptive(speculate(tree="mc_sim_7b_63"))
     assert source.max_depth(speculate(tree="mc_sim_7b_63"), 1) == 4
@@ -69,7 +70,7 @@ def test_heads_with_few_output_rows() -> None:
 
 
 def test_unknown_trees(random_heads: MedusaHeads, tiny_backbone: Backbone, tmp_path: Path) -> None:
-    source = HeadSource(random_heads, default_calibration(4), CPU)
+    source = head_source(random_heads)
     file = tmp_path / "tree.json"
     file.write_text("[[0]]")
     for name in ("nosuch", "", "Dynamic", str(file)):  # requests name trees, never files

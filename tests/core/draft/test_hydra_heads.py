@@ -10,11 +10,10 @@ from torch.nn import functional
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from medusa_core.draft.accuracy import default_calibration
+from medusa_core.draft.coupling import LevelScores
 from medusa_core.draft.head_drafter import make_drafter
-from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads, TrainingBatch
 from medusa_core.draft.hydra import HydraHeads, HydraShape
-from medusa_core.draft.level_scores import LevelScores
 from medusa_core.draft.levels import MAX_CANDIDATES, DynamicLevelDrafter
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.draft.static import StaticLevelDrafter
@@ -24,7 +23,7 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.sampling_params import SamplingParams
 from tests.core.conftest import BuildEngine, add, decode, new_hydra_heads, randomise, speculate
-from tests.core.stepping import Stepper
+from tests.core.stepping import Stepper, head_source
 
 CPU = torch.device("cpu")
 TAUS = (0.7, 1.0, 1.4, 2.0)
@@ -236,8 +235,7 @@ def test_heads_catch_up_after_steps_without_speculation(
 ) -> None:
     """Plain steps leave hidden states unread; the next draft is that of heads that see the whole sequence."""
     heads = heads_that_know("hydra++")
-    source = HeadSource(heads, default_calibration(4), CPU)
-    source.allocate(slots=1, capacity=200, dtype=torch.float32, device=CPU)
+    source = head_source(heads, slots=1, capacity=200)
     stepper = Stepper(tiny_backbone, tiny_backbone.new_cache(1, 200), source)
     sequence = stepper.start(tiny_prompts[2], SamplingParams(temperature=0.0))
     assert source.draft_cache is not None
@@ -279,8 +277,7 @@ def test_scaled_embeddings_and_grouped_queries(tiny_chat: object, tiny_prompts: 
     assert heads.cache_shape is not None
     assert (heads.cache_shape.num_kv_heads, heads.cache_shape.head_dim) == (1, 16)
     randomise(heads)
-    source = HeadSource(heads, default_calibration(4), CPU)
-    source.allocate(slots=1, capacity=120, dtype=torch.float32, device=CPU)
+    source = head_source(heads, slots=1, capacity=120)
     prompt = tiny_prompts[1]
     for temperature in (0.0, 0.9):
         params = SamplingParams(temperature=temperature, seed=2)

@@ -62,7 +62,7 @@ def test_a_doubtful_match_drafts_fewer_nodes() -> None:
 def test_drafts_make_a_tree(nodes: int) -> None:
     tokens = [1, 2, 5, 6, 1, 2, 5, 7, 1, 2, 4, 3, 1, 2, 5, 6, 8]
     drafts = grow(tokens, [2, 6, 10, 14], nodes, 1.0)
-    tree = as_tree(drafts, torch.tensor([99]))
+    tree = as_tree([drafts], torch.tensor([99]))
     check_topology(tree)
     assert tree.size == len(drafts) + 1 <= nodes
     assert tree.tokens_BT[0, 0] == 99
@@ -72,7 +72,7 @@ def test_drafts_make_a_tree(nodes: int) -> None:
 
 def test_nothing_to_repeat_is_ordinary_decoding() -> None:
     assert told([1, 2, 3, 4], 5).drafts(0, 16) == []
-    assert as_tree([], torch.tensor([5])).size == 1
+    assert as_tree([[]], torch.tensor([5])).size == 1
 
 
 def test_forecasts_are_judged_though_nothing_is_drafted() -> None:

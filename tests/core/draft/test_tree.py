@@ -57,7 +57,6 @@ def test_canonical_order_whatever_the_input_order() -> None:
     assert tree.ancestors[6] == {0, 1, 3, 6}
     assert tree.ancestors[5] == {0, 2, 5}
     assert (tree.depth, tree.width) == (3, 3)
-    assert tree.nodes_per_depth() == (2, 3, 1)
 
 
 def test_the_tree_of_the_root_alone() -> None:
@@ -77,7 +76,7 @@ def test_topology_of_published_trees(name: str) -> None:
         assert (tree.paths[parent - 1] if parent else ()) == path[:-1]
         assert tree.ancestors[node] == tree.ancestors[parent] | {node}
         assert tree.depths[node] == len(path)
-    assert sum(tree.nodes_per_depth()) == tree.size - 1 == 63
+    assert tree.size == 64
 
 
 def test_a_tree_that_does_not_fit_the_heads() -> None:

@@ -6,10 +6,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medusa_core.draft.accuracy import default_calibration
-from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.draft.sources import build_sources
+from medusa_core.draft.merged import build_sources
 from medusa_core.engine.batch import make_batch
 from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.engine.sequence import Sequence
@@ -17,7 +15,7 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.request import Request
 from medusa_core.sampling_params import DraftSourceName, SamplingParams
 from tests.core.conftest import speculate
-from tests.core.stepping import Stepper
+from tests.core.stepping import Stepper, head_source
 
 CPU = torch.device("cpu")
 # Greedy, sampled, filtered, typical, of another tree, without drafts: row by row in one batch.
@@ -32,8 +30,7 @@ ROWS = (
 
 
 def sources_of(heads: DraftHeads, slots: int) -> dict[DraftSourceName, object]:
-    source = HeadSource(heads, default_calibration(4), CPU)
-    source.allocate(slots=slots, capacity=300, dtype=torch.float32, device=CPU)
+    source = head_source(heads, slots=slots, capacity=300)
     return dict(build_sources(source))
 
 

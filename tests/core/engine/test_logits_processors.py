@@ -5,15 +5,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medusa_core.draft.accuracy import default_calibration
 from medusa_core.draft.draft_tree import root_tree
-from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.ngram import Draft, as_tree
 from medusa_core.engine.logits_processors import NodePaths
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
-from tests.core.stepping import Stepper
+from tests.core.stepping import Stepper, head_source
 
 CPU = torch.device("cpu")
 
@@ -33,7 +31,7 @@ class NoRepeats:
 
 def test_paths_of_nodes() -> None:
     drafts = [Draft(7, 0, 1), Draft(8, 1, 2), Draft(9, 0, 1), Draft(6, 2, 3)]
-    paths = NodePaths((1, 2), as_tree(drafts, torch.tensor([5])), 0)
+    paths = NodePaths((1, 2), as_tree([drafts], torch.tensor([5])), 0)
     assert paths.depths_N.tolist() == [0, 1, 2, 1, 3]
     ends = [
         row[: depth + 1] for row, depth in zip(paths.path_tokens_NJ.tolist(), paths.depths_N, strict=True)
@@ -46,7 +44,7 @@ def test_a_path_dependent_processor_is_exact_under_speculation(
     tiny_backbone: Backbone, trained_heads: DraftHeads, tiny_prompts: list[list[int]]
 ) -> None:
     processor = NoRepeats(tiny_backbone.vocab_size)
-    source = HeadSource(trained_heads, default_calibration(4), CPU)
+    source = head_source(trained_heads)
     accepted = 0
     for number, prompt in enumerate(tiny_prompts[:12]):
         params = SamplingParams(temperature=0.9 * (number % 2), seed=number, top_p=0.9)

@@ -6,13 +6,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medusa_core.draft.accuracy import default_calibration
-from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
 from tests.core.conftest import speculate
-from tests.core.stepping import Stepper
+from tests.core.stepping import Stepper, head_source
 
 CPU = torch.device("cpu")
 
@@ -35,8 +33,7 @@ def test_every_commit_equals_a_fresh_prefill(
     tree: str,
     temperature: float,
 ) -> None:
-    source = HeadSource(heads_that_know(kind), default_calibration(4), CPU)
-    source.allocate(slots=2, capacity=200, dtype=torch.float32, device=CPU)
+    source = head_source(heads_that_know(kind), slots=2, capacity=200)
     params = SamplingParams(temperature=temperature, seed=3, speculation=speculate(tree=tree))
     lengths = set()
     for prompt in tiny_prompts[:6]:

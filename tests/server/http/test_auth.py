@@ -224,7 +224,6 @@ def test_cors_is_off_by_default(app):
 
 def test_a_key_ring_keeps_digests_alone():
     ring = KeyRing(KEYS)
-    assert len(ring) == 2
     assert ring.accepts(KEYS[1].encode())
     assert not ring.accepts(b"")
     assert not any(key in repr(vars(ring)) for key in KEYS)
@@ -237,8 +236,8 @@ def test_keys_come_from_a_file(tmp_path, caplog):
     )
     path.chmod(0o600)
     ring = load_keys(load_settings({"api_keys_file": str(path), "api_keys": "sk-third-0123456789"}))
-    assert len(ring) == 3
     assert all(ring.accepts(key.encode()) for key in (*KEYS, "sk-third-0123456789"))
+    assert not any(ring.accepts(line) for line in (b"", b"# of the web shop", b"# indented"))
     assert caplog.text == ""
     path.chmod(0o604)
     load_keys(load_settings({"api_keys_file": str(path)}))

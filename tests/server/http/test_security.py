@@ -12,7 +12,6 @@ import pytest
 
 from medusa_core.errors import MedusaError
 from medusa_core.model_info import ModelInfo
-from medusa_core.sampling_params import DraftSourceName, SpeculationMode
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from server import errors
 from server.app import create_app
@@ -279,10 +278,8 @@ def make_builder(model_dir, executor, template, tmp_path, timeout=30.0):
     return PromptBuilder(
         chat=load_chat_tokenizer(model_dir, str(path)),
         info=info,
-        default_mode=SpeculationMode.EXACT,
-        default_source=DraftSourceName.HEADS,
+        settings=Settings(request_timeout=timeout),
         executor=executor,
-        timeout=timeout,
     )
 
 

@@ -14,8 +14,8 @@ from medusa_core.text.tokenizer import load_chat_tokenizer
 from server.errors import ApiError
 from server.observability.metrics import ServerMetrics
 from server.pipeline.generation import Generation, TextDelta
-from server.pipeline.streaming import DONE, ChatStream, ChunkEncoder, chat_events
-from server.schemas.completion import SpeculationUsage
+from server.pipeline.streaming import DONE, ChatStream, chat_events
+from server.schemas.completion import ChatChunk, SpeculationUsage
 from server.workers.scheduler import JobState, Scheduler
 
 TEXT = "The table is booked — enjoy your meal! 🍝 Anything else?"
@@ -63,12 +63,11 @@ def run(coroutine):
     return asyncio.run(limited())
 
 
-def encoder():
-    return ChunkEncoder(completion_id="c", created=1, model="m", fingerprint="f", include_usage=False)
+TEMPLATE = ChatChunk(id="c", created=1, model="m", system_fingerprint="f")
 
 
 def events_of(answer, on_error=lambda error: None):
-    return chat_events(answer.generation, encoder(), include_usage=False, on_error=on_error)
+    return chat_events(answer.generation, TEMPLATE, on_error)
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,6 +11,7 @@ from medusa_core.text.tokenizer import load_chat_tokenizer
 from server.errors import ApiError
 from server.pipeline.prompts import PromptBuilder
 from server.schemas.chat import ChatRequest
+from server.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +31,10 @@ def prepare(chat):
         )  # fmt: skip
         body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]} | changes
         with ThreadPoolExecutor(1) as executor:
-            builder = PromptBuilder(
-                chat=chat,
-                info=info,
-                default_mode=SpeculationMode.TYPICAL,
-                default_source=default,
-                executor=executor,
-                timeout=10.0,
+            settings = Settings(
+                speculation=SpeculationMode.TYPICAL, speculation_source=default, request_timeout=10.0
             )
+            builder = PromptBuilder(chat=chat, info=info, settings=settings, executor=executor)
             return asyncio.run(builder.prepare(ChatRequest.model_validate(body), "chatcmpl-1", "mine"))
 
     return prepare

@@ -9,18 +9,18 @@ from medusa_core.config import EngineConfig
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
+from server.errors import ApiError
 from server.observability.metrics import ServerMetrics
+from server.settings import Settings
 from server.workers.pool import WorkerPool
 from server.workers.scheduler import Scheduler
-from server.workers.supervisor import PoolPolicy
-from server.workers.token_queue import Failed, Finished
 from server.workers.worker import WorkerConfig
 
 SCRIPT = """
 import os, signal, struct, time
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.model_info import ModelInfo
-from server.workers.messages import Ready, Step, decode_command, encode_event
+from server.workers.messages import Ready, Step, decode_command, encode
 
 INFO = ModelInfo(
     model="m", heads=None, num_heads=0, parameters=1, context_length=8, vocab_size=9, dtype="float32",
@@ -28,13 +28,13 @@ INFO = ModelInfo(
 )
 
 def start(config, generation, commands, events):
-    events.send_bytes(encode_event(Ready(generation, INFO)))
+    events.send_bytes(encode(Ready(INFO)))
     while True:
         request = decode_command(commands.recv_bytes()).request
         output = StepOutput(
             request_id=request.request_id, token_ids=tuple(range(1000)), finish_reason=FinishReason.LENGTH
         )
-        frame = encode_event(Step(generation, output))
+        frame = encode(Step(output))
         frame = struct.pack("!i", len(frame)) + frame
         half = len(frame) // 2
         os.write(events.fileno(), frame[:half])
@@ -61,8 +61,8 @@ def test_a_frame_may_end_with_its_worker_or_come_in_halves(scripted_worker):
         metrics = ServerMetrics()
         scheduler = Scheduler(queue_limit=4, request_timeout=60, metrics=metrics)
         config = WorkerConfig(model="m", heads=None, engine=EngineConfig(), log_level="warning")
-        policy = PoolPolicy(restart_limit=3, stall_timeout=60, load_timeout=60)
-        pool = WorkerPool([config], policy, scheduler, metrics)
+        settings = Settings(restart_limit=3, stall_timeout=60, load_timeout=60)
+        pool = WorkerPool([config], settings, scheduler, metrics)
         await pool.start()
         ticks = 0
 
@@ -77,15 +77,15 @@ def test_a_frame_may_end_with_its_worker_or_come_in_halves(scripted_worker):
             lost = scheduler.submit(request("lost"))
             outputs, end = await lost.tokens.take()
             assert outputs == []
-            assert isinstance(end, Failed)
-            assert end.error.detail.code == "worker_lost"
+            assert isinstance(end, ApiError)
+            assert end.detail.code == "worker_lost"
             halved = scheduler.submit(request("halved"))
             await halved.tokens.take()  # of the next worker, which is there now
             halved = scheduler.submit(request("halved again"))
             ticks = 0
             [output], end = await halved.tokens.take()
             assert output.token_ids == tuple(range(1000))
-            assert end == Finished(FinishReason.LENGTH)
+            assert end == FinishReason.LENGTH
             assert ticks > 0, "the event loop stood still for half a frame"
         finally:
             ticker.cancel()

@@ -8,7 +8,6 @@ from medusa_core.engine.outputs import FinishReason, StepOutput, StepStats
 from medusa_core.sampling_params import SpeculationMode
 from server.errors import ApiError
 from server.workers.scheduler import JobState
-from server.workers.token_queue import Failed, Finished
 
 
 def test_first_come_first_served(bench):
@@ -20,7 +19,7 @@ def test_first_come_first_served(bench):
         assert [job.state for job in jobs] == [JobState.RUNNING, JobState.WAITING, JobState.WAITING]
         bench.finish(scheduler, worker, "a", 5)
         assert worker.running == ["b"]
-        assert await bench.taken(jobs[0]) == ([5], Finished(FinishReason.STOP))
+        assert await bench.taken(jobs[0]) == ([5], FinishReason.STOP)
         bench.finish(scheduler, worker, "b")
         assert worker.running == ["c"]
 
@@ -78,7 +77,7 @@ def test_canceling_frees_queue_and_slot(bench):
         scheduler.cancel(running)
         assert worker.aborted == ["a"]
         assert worker.running == ["c"]
-        assert await bench.end_of(running) == Finished(FinishReason.ABORT)
+        assert await bench.end_of(running) == FinishReason.ABORT
         assert last.state is JobState.RUNNING
 
     bench.run(scenario)
@@ -93,8 +92,8 @@ def test_lost_worker_fails_its_requests_only(bench):
         b, c = bench.submit(scheduler, "b"), bench.submit(scheduler, "c")
         scheduler.worker_lost(lost)
         end = await bench.end_of(a)
-        assert isinstance(end, Failed)
-        assert end.error.detail.code == "worker_lost"
+        assert isinstance(end, ApiError)
+        assert end.detail.code == "worker_lost"
         assert b.state is JobState.RUNNING
         assert c.state is JobState.WAITING
         replacement = bench.Worker()
@@ -113,7 +112,7 @@ def test_no_worker_left(bench):
         job = bench.submit(scheduler, "a")
         scheduler.workers_gone()
         end = await bench.end_of(job)
-        assert end.error.status == 503
+        assert end.status == 503
         with pytest.raises(ApiError) as caught:
             bench.submit(scheduler, "b")
         assert caught.value.detail.code == "no_worker"
@@ -129,16 +128,16 @@ def test_rejection_and_failure_end_one_request(bench):
         worker.running.remove("a")
         scheduler.worker_rejected(worker, "a", "no such tree", "speculation.tree")
         end = await bench.end_of(a)
-        assert (end.error.status, end.error.detail.param) == (400, "speculation.tree")
+        assert (end.status, end.detail.param) == (400, "speculation.tree")
         worker.running.remove("b")
         failure = StepOutput(
             request_id="b", token_ids=(), finish_reason=FinishReason.ERROR, error="RuntimeError: secret"
         )
         scheduler.worker_output(worker, failure)
         end = await bench.end_of(b)
-        assert end.error.status == 500
-        assert "secret" not in end.error.detail.message
-        assert end.error.headers["x-should-retry"] == "false"
+        assert end.status == 500
+        assert "secret" not in end.detail.message
+        assert end.headers["x-should-retry"] == "false"
 
     bench.run(scenario)
 
@@ -150,9 +149,9 @@ def test_deadline_of_waiting_and_running(bench, caplog):
         running, waiting = bench.submit(scheduler, "a"), bench.submit(scheduler, "b")
         running.timer.cancel()  # else its end would hand the slot to the other just in time
         end = await bench.end_of(waiting)
-        assert (end.error.status, end.error.detail.code) == (503, "queue_timeout")
+        assert (end.status, end.detail.code) == (503, "queue_timeout")
         scheduler.expire(running)
-        assert await bench.end_of(running) == Finished(FinishReason.LENGTH)
+        assert await bench.end_of(running) == FinishReason.LENGTH
         assert worker.aborted == ["a"]
         assert [record.completion_id for record in caplog.records] == ["b", "a"]
         assert "cut short" in caplog.text
@@ -191,7 +190,7 @@ def test_steps_are_counted_for_metrics_and_handed_on_whole(bench):
         outputs, end = await job.tokens.take()
         assert [output.stats for output in outputs] == [prefill, decode, decode]
         assert [output.token_ids for output in outputs] == [(1,), (2, 3, 4), (5, 6)]
-        assert end == Finished(FinishReason.STOP)
+        assert end == FinishReason.STOP
 
     bench.run(scenario)
 
@@ -224,8 +223,8 @@ def test_out_of_memory_is_told_apart_and_counted(bench):
         error = {"finish_reason": FinishReason.ERROR, "error": "CUDA out of memory", "out_of_memory": True}
         scheduler.worker_output(worker, StepOutput(request_id="a", token_ids=(), **error))
         end = await bench.end_of(job)
-        assert (end.error.status, end.error.detail.code) == (503, "out_of_memory")
-        assert end.error.headers["retry-after"]
+        assert (end.status, end.detail.code) == (503, "out_of_memory")
+        assert end.headers["retry-after"]
         assert scheduler.metrics.registry.get_sample_value("medusa_out_of_memory_total") == 1
 
     bench.run(scenario)

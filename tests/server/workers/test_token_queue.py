@@ -4,7 +4,8 @@ import asyncio
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from server import errors
-from server.workers.token_queue import Failed, Finished, TokenQueue
+from server.errors import ApiError
+from server.workers.token_queue import TokenQueue
 
 
 def run(coroutine):
@@ -32,9 +33,9 @@ def test_what_gathered_comes_in_one_batch():
         queue.put(step(3))
         assert await take(queue) == ([1, 2, 3], None)
         queue.put(step(4))
-        queue.close(Finished(FinishReason.STOP))
-        assert await take(queue) == ([4], Finished(FinishReason.STOP))
-        assert await take(queue) == ([], Finished(FinishReason.STOP))
+        queue.close(FinishReason.STOP)
+        assert await take(queue) == ([4], FinishReason.STOP)
+        assert await take(queue) == ([], FinishReason.STOP)
 
     run(go())
 
@@ -49,20 +50,20 @@ def test_a_waiting_reader_is_woken():
         assert await reader == ([7, 8], None)
         reader = asyncio.create_task(take(queue))
         await asyncio.sleep(0)
-        queue.close(Finished(FinishReason.LENGTH))
-        assert await reader == ([], Finished(FinishReason.LENGTH))
+        queue.close(FinishReason.LENGTH)
+        assert await reader == ([], FinishReason.LENGTH)
 
     run(go())
 
 
 def test_there_is_one_end():
     queue = TokenQueue()
-    assert queue.close(Failed(errors.worker_lost()))
-    assert not queue.close(Finished(FinishReason.STOP))
+    queue.close(errors.worker_lost())
+    queue.close(FinishReason.STOP)
     queue.put(step(1))
     tokens, end = run(take(queue))
     assert tokens == []
-    assert isinstance(end, Failed)
+    assert isinstance(end, ApiError)
 
 
 def test_a_cancelled_reader_leaves_the_queue_usable():
@@ -89,8 +90,8 @@ def test_batches_keep_their_distance_and_the_end_does_not_wait():
         queue.put(step(3))
         await asyncio.sleep(0.02)
         assert not reader.done()
-        queue.close(Finished(FinishReason.STOP))
-        assert await reader == ([2, 3], Finished(FinishReason.STOP))
+        queue.close(FinishReason.STOP)
+        assert await reader == ([2, 3], FinishReason.STOP)
 
     run(go())
 

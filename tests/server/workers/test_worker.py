@@ -19,16 +19,16 @@ from server.workers.messages import (
     Step,
     Submit,
     decode_event,
-    encode_command,
+    encode,
 )
 from server.workers.worker import WorkerLoop
 
 PARAMS = SamplingParams(max_tokens=3)
 
 
-def submit(generation, request_id, prompt_ids, params, client_id=""):
+def submit(request_id, prompt_ids, params, client_id=""):
     request = Request(request_id=request_id, prompt_ids=prompt_ids, params=params, client_id=client_id)
-    return Submit(generation, request)
+    return Submit(request)
 
 
 class ScriptedEngine:
@@ -85,7 +85,7 @@ class Harness:
         self._ends = (commands, events)
         self.outbox = FrameWriter(events)
         self.client_ids = {}
-        self.loop = WorkerLoop(engine, 7, commands, self.outbox, self.client_ids)
+        self.loop = WorkerLoop(engine, commands, self.outbox, self.client_ids)
         self.error = None
         self.thread = threading.Thread(target=self._run)
         self.thread.start()
@@ -98,7 +98,7 @@ class Harness:
 
     def send(self, *commands):
         for command in commands:
-            self.commands.send_bytes(encode_command(command))
+            self.commands.send_bytes(encode(command))
 
     def receive(self, timeout=10):
         assert self.events.poll(timeout), "no event"
@@ -131,9 +131,8 @@ def start():
 
 def test_tokens_then_an_end(start):
     harness = start(ScriptedEngine())
-    harness.send(submit(7, "a", [1], PARAMS))
+    harness.send(submit("a", [1], PARAMS))
     outputs = [harness.receive() for _ in range(3)]
-    assert [event.generation for event in outputs] == [7, 7, 7]
     assert [event.output.token_ids for event in outputs] == [(0,), (1,), (2,)]
     assert [event.output.finish_reason for event in outputs] == [None, None, FinishReason.LENGTH]
     harness.send(Shutdown())
@@ -149,8 +148,8 @@ def test_the_log_knows_requests_by_their_clients_ids_while_they_are_here(start):
             return super().step()
 
     harness = start(Engine())
-    harness.send(submit(7, "a", [1], PARAMS, "req-a"), submit(7, "bad", [1], PARAMS, "req-bad"))
-    harness.send(submit(7, "refused", [], PARAMS, "req-refused"))
+    harness.send(submit("a", [1], PARAMS, "req-a"), submit("bad", [1], PARAMS, "req-bad"))
+    harness.send(submit("refused", [], PARAMS, "req-refused"))
     ends = []
     while len(ends) < 3:
         event = harness.receive()
@@ -165,43 +164,32 @@ def test_a_step_without_output_is_a_sign_of_life(start):
     engine = ScriptedEngine()
     engine.active["idle"] = [0, 0]
     harness = start(engine)
-    harness.send(submit(7, "a", [1], SamplingParams(max_tokens=1)))
-    assert harness.receive() == Step(7, None)
+    harness.send(submit("a", [1], SamplingParams(max_tokens=1)))
+    assert harness.receive() == Step(None)
 
 
 def test_refused_requests_fail_alone(start):
     harness = start(ScriptedEngine())
     wrong_tree = SamplingParams(max_tokens=1, speculation=SpeculationParams(tree="oak"))
-    harness.send(
-        submit(7, "empty", [], PARAMS), submit(7, "oak", [1], wrong_tree), submit(7, "bad", [1], PARAMS)
-    )
-    assert harness.receive() == Rejected(7, "empty", "the prompt is empty", "messages")
-    assert harness.receive() == Rejected(7, "oak", "no such tree", "speculation.tree")
+    harness.send(submit("empty", [], PARAMS), submit("oak", [1], wrong_tree), submit("bad", [1], PARAMS))
+    assert harness.receive() == Rejected("empty", "the prompt is empty", "messages")
+    assert harness.receive() == Rejected("oak", "no such tree", "speculation.tree")
     failed = harness.receive().output
     assert failed.finish_reason is FinishReason.ERROR
     assert len(failed.error) < 2000
-    harness.send(submit(7, "good", [1], PARAMS))
+    harness.send(submit("good", [1], PARAMS))
     assert harness.receive().output.request_id == "good"
 
 
 def test_abort_ends_output(start):
     engine = ScriptedEngine()
     harness = start(engine)
-    harness.send(submit(7, "long", [1], SamplingParams(max_tokens=10**9)))
+    harness.send(submit("long", [1], SamplingParams(max_tokens=10**9)))
     harness.receive()
-    harness.send(
-        Abort(7, "long"), Abort(7, "never there"), submit(7, "next", [1], SamplingParams(max_tokens=1))
-    )
+    harness.send(Abort("long"), Abort("never there"), submit("next", [1], SamplingParams(max_tokens=1)))
     while (output := harness.receive().output).request_id != "next":
         assert output.request_id == "long"
     assert not engine.has_work
-
-
-def test_requests_of_another_generation_are_not_run(start):
-    harness = start(ScriptedEngine())
-    harness.send(submit(6, "old", [1], PARAMS), submit(7, "new", [1], SamplingParams(max_tokens=1)))
-    assert harness.receive().output.request_id == "new"
-    assert not harness.events.poll(0.05)
 
 
 def test_slow_reader_never_blocks_decoding(start):
@@ -209,7 +197,7 @@ def test_slow_reader_never_blocks_decoding(start):
     engine = ScriptedEngine()
     harness = start(engine)
     count = 20_000
-    harness.send(submit(7, "a", [1], SamplingParams(max_tokens=count)))
+    harness.send(submit("a", [1], SamplingParams(max_tokens=count)))
     for _ in range(2000):
         if not engine.has_work and engine.num_steps:
             break
@@ -233,8 +221,8 @@ def test_an_event_of_five_megabytes_crosses_while_the_reader_is_slow(start):
     engine = Engine()
     harness = start(engine)
     reader = FrameReader(harness.events)
-    harness.send(submit(7, "large", [1], SamplingParams(max_tokens=1)))
-    harness.send(submit(7, "small", [1], SamplingParams(max_tokens=50)))
+    harness.send(submit("large", [1], SamplingParams(max_tokens=1)))
+    harness.send(submit("small", [1], SamplingParams(max_tokens=50)))
     for _ in range(1000):
         if engine.num_steps == 51:
             break
@@ -256,7 +244,7 @@ def test_lost_api_process_ends_the_loop_at_work_and_at_rest(start):
     resting.commands.close()
     assert isinstance(resting.join(), EOFError)
     working = start(ScriptedEngine())
-    working.send(submit(7, "a", [1], SamplingParams(max_tokens=10**9)))
+    working.send(submit("a", [1], SamplingParams(max_tokens=10**9)))
     working.receive()
     working.events.close()
     assert isinstance(working.join(), BrokenPipeError)
@@ -264,6 +252,6 @@ def test_lost_api_process_ends_the_loop_at_work_and_at_rest(start):
 
 def test_a_failure_of_the_engine_itself_ends_the_loop(start):
     harness = start(ScriptedEngine(failing_step=2))
-    harness.send(submit(7, "a", [1], PARAMS))
+    harness.send(submit("a", [1], PARAMS))
     harness.receive()
     assert isinstance(harness.join(), RuntimeError)
