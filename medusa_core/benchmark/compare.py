@@ -95,8 +95,8 @@ def decision_margin(backbone: Backbone, token_ids: Sequence[int], params: Sampli
     if not params.is_greedy:
         vocabulary = torch.arange(backbone.vocab_size, device=backbone.device)
         noise = gumbel_noise(params.known_seed, [len(token_ids)], vocabulary)
-        *history, root = token_ids
-        paths = NodePaths(history, root_tree(torch.tensor([root], device=backbone.device)), 0)
+        root = root_tree(torch.tensor(token_ids[-1:], device=backbone.device))
+        paths = NodePaths(token_ids, root, 0)
         scores = LogitsChain.of(params).process(logits, paths) + params.temperature * noise
         if int(torch.isfinite(scores).sum()) < 2:  # one candidate left: the filter, not the draw, was the tie
             scores = logits

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.draft.head_module import HeadModule, initial_rows
+from medusa_core.draft.head_stack import HeadStack, initial_rows
 from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.prefix import PrefixLayer
 from medusa_core.model.kv_cache import CacheRows, CacheShape
@@ -33,8 +33,8 @@ class HydraShape:
     vocab_size: int
 
 
-class HydraHeads(HeadModule):
-    """Hydra heads: a `HeadModule` with biased output layers behind first blocks that see the path.
+class HydraHeads(HeadStack):
+    """Hydra heads: a `HeadStack` with biased output layers behind first blocks that see the path.
 
     `first_weights[i]` [2, E, (i+2)E] and `first_biases[i]` [2, E] stack W over R; the other L - 1 layers are
     blocks. `embed` belongs to the backbone: neither trained nor saved here. `dropout` applies before every

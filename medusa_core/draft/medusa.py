@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from medusa_core.draft.head_module import HeadModule, initial_rows
+from medusa_core.draft.head_stack import HeadStack, initial_rows
 from medusa_core.draft.heads import TrainingBatch
 
 
-class MedusaHeads(HeadModule):
-    """Medusa-1 heads: a `HeadModule` of L blocks whose output layers have no bias."""
+class MedusaHeads(HeadStack):
+    """Medusa-1 heads: a `HeadStack` of L blocks whose output layers have no bias."""
 
     @classmethod
     def new(

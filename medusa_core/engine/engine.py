@@ -22,8 +22,8 @@ from medusa_core.draft.draft_tree import Origin
 from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.head_trees import DYNAMIC, STATIC, HeadTrees
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.draft.merged import build_sources
 from medusa_core.draft.source import Committed
+from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
 from medusa_core.draft.tree_size import (
     NGRAM_NODES,

@@ -25,7 +25,7 @@ NUCLEUS_PREFIX = 128  # candidates looked at before falling back to sorting the 
 
 @dataclass(frozen=True)
 class NodePaths:
-    """The tokens before each row: `history` without the root, the same for all; then the row's own path."""
+    """The tokens before each row: `history`, with the root last, for all; from there on the row's own path."""
 
     history: Sequence[int]
     tree: DraftTree

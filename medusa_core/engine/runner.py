@@ -58,7 +58,7 @@ class EagerRunner:
 
     def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
         judged = [_judge(batch, row, tree, output.logits_BTV[row]) for row in range(len(batch.slots))]
-        right_BT, scores_BT, targets_BT = (torch.stack(part) for part in zip(*judged, strict=True))
+        right_BT, targets_BT, scores_BT = (torch.stack(part) for part in zip(*judged, strict=True))
         accepted = longest_path(right_BT, tree.ancestors_BTT, tree.depths_BT, tree.max_depth, scores_BT)
         self._cache.keep(batch.slots_B, batch.lengths_B, accepted.path_BD)
         next_roots_B = targets_BT.gather(1, accepted.leaf_B[:, None])[:, 0]
@@ -66,9 +66,9 @@ class EagerRunner:
 
 
 def _judge(batch: Batch, row: int, tree: DraftTree, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one row: which drafts are right, a score for ties of the longest path, each node's own token [T]."""
+    """Of one row: which drafts are right, each node's own token, a score for ties of the longest path [T]."""
     params, chain = batch.params[row], batch.chains[row]
-    paths = NodePaths(batch.histories[row][:-1], tree, row)
+    paths = NodePaths(batch.histories[row], tree, row)
     tokens_1T, parents_1T = tree.tokens_BT[row : row + 1], tree.parents_BT[row : row + 1]
     noise_TV = None
     if not params.is_greedy:
@@ -81,7 +81,7 @@ def _judge(batch: Batch, row: int, tree: DraftTree, logits_TV: Tensor) -> tuple[
         log_probs = (processed / params.temperature).log_softmax(dim=-1)
         epsilon, delta = params.speculation.epsilon, params.speculation.delta
         right, scores = typical_drafts(tokens_1T, parents_1T, log_probs[None], epsilon, delta)
-        return right[0], scores[0], targets_T
+        return right[0], targets_T, scores[0]
     targets_T = chain.decide(logits_TV, paths, noise_TV)
     right = match_drafts(tokens_1T, parents_1T, targets_T[None])[0]
-    return right, torch.zeros_like(right, dtype=torch.float32), targets_T
+    return right, targets_T, torch.zeros_like(right, dtype=torch.float32)

@@ -101,10 +101,9 @@ def _unpack(row: list[int], width: int) -> RowResult:
 
 def first_root(sequence: Sequence, output: BackboneOutput, vocabulary_V: Tensor) -> int:
     """The token behind a prompt, from the last row of its prefill's last chunk."""
-    *history, last = sequence.token_ids
-    noise = None
+    history, noise = sequence.token_ids, None
     if not sequence.params.is_greedy:
         noise = gumbel_noise(sequence.request.seed, [len(sequence.token_ids)], vocabulary_V)
-    tree = root_tree(torch.tensor([last], device=vocabulary_V.device))
+    tree = root_tree(torch.tensor(history[-1:], device=vocabulary_V.device))
     decided = sequence.chain.decide(output.logits_BTV[:, -1], NodePaths(history, tree, 0), noise)
     return int(decided)

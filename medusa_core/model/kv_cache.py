@@ -84,6 +84,8 @@ class KVCache:
         Static in shape: all D rows move, those behind the accepted ones for nothing. Lengths do not change:
         `advance` follows when the host knows how many count.
         """
+        if path_BD.shape[1] == 1:
+            return  # the root is in its place
         source_BD = lengths_B[:, None] + path_BD
         target_BD = lengths_B[:, None] + torch.arange(path_BD.shape[1], device=path_BD.device)
         rows_B1 = slots_B[:, None]
@@ -109,7 +111,13 @@ class RowsLayer(CacheLayerMixin):
 
     def __init__(self, cache: KVCache, slots: tuple[int, ...], layer: int) -> None:
         super().__init__()
-        self._cache, self._slots, self._layer = cache, slots, layer
+        self._lengths, self._slots, self._capacity = cache.lengths, slots, cache.capacity
+        storage_2BHCD = cache.storage_L2BHCD[layer]
+        self._rows = [storage_2BHCD[:, slot] for slot in slots]
+        span = range(slots[0], slots[0] + len(slots))
+        neighbors = slots == tuple(span)  # then their rows are read where they lie
+        self._all = (storage_2BHCD[:, span.start : span.stop] if neighbors else storage_2BHCD).unbind()
+        self._order = None if neighbors else list(slots)
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -119,26 +127,23 @@ class RowsLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Write T rows [B, H, T, D] behind each slot's own; return [B, H, max(n)+T, D]."""
-        count = key_states.shape[2]
-        starts = [self._cache.lengths[slot] for slot in self._slots]
-        storage_2BHCD = self._cache.storage_L2BHCD[self._layer]
-        for row, (slot, start) in enumerate(zip(self._slots, starts, strict=True)):
-            storage_2BHCD[0, slot, :, start : start + count] = key_states[row]
-            storage_2BHCD[1, slot, :, start : start + count] = value_states[row]
-        end = max(starts) + count
-        span = range(self._slots[0], self._slots[0] + len(self._slots))
-        rows = slice(span.start, span.stop) if self._slots == tuple(span) else list(self._slots)
-        keys, values = storage_2BHCD[:, rows, :, :end]
-        return keys, values
+        count, end = key_states.shape[2], 0
+        for row, (slot, rows_2HCD) in enumerate(zip(self._slots, self._rows, strict=True)):
+            start = self._lengths[slot]
+            rows_2HCD[0, :, start : start + count] = key_states[row]
+            rows_2HCD[1, :, start : start + count] = value_states[row]
+            end = max(end, start + count)
+        keys, values = (part[:, :, :end] for part in self._all)
+        return (keys, values) if self._order is None else (keys[self._order], values[self._order])
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return max(self._cache.lengths[slot] for slot in self._slots)
+        return max(self._lengths[slot] for slot in self._slots)
 
     def get_max_length(self) -> int:
-        return self._cache.capacity
+        return self._capacity
 
 
 class CacheRows(Cache):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.draft.head_module import output_rows
+from medusa_core.draft.head_stack import output_rows
 from medusa_core.draft.heads import TrainableHeads, TrainingBatch
 from medusa_core.errors import ConfigError
 from medusa_core.model.backbone import Backbone

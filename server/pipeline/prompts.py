@@ -71,17 +71,16 @@ class PromptBuilder:
         mode = given.mode or self.settings.speculation
         source = given.source or self.settings.speculation_source
         self._check_tree(given.tree, source)
-        self._check_source(source)
+        self._check_source(source, is_asked_for=given.source is not None)
         return SpeculationParams(
             mode=mode, source=source, tree=given.tree, epsilon=given.epsilon, delta=given.delta
         )
 
-    def _check_source(self, source: DraftSourceName) -> None:
-        # Without heads the source "heads" drafts nothing, which harms nobody.
-        if source is not DraftSourceName.HEADS and source not in self.info.sources:
-            known = dict.fromkeys((DraftSourceName.HEADS, *self.info.sources))
+    def _check_source(self, source: DraftSourceName, *, is_asked_for: bool) -> None:
+        # As a default "heads" fits every model: one without heads then drafts nothing.
+        if source not in self.info.sources and (is_asked_for or source is not DraftSourceName.HEADS):
             raise errors.invalid(
-                f'This model has no draft source "{source}"; choose one of {_quoted(known)}.',
+                f'This model has no draft source "{source}"; choose one of {_quoted(self.info.sources)}.',
                 param="speculation.source",
             )
 

@@ -72,8 +72,8 @@ class WorkerSupervisor:
     def is_stalled(self) -> bool:
         """Whether it loads or has requests, and nothing has come of it for too long."""
         worker = self.worker
-        if worker is None or self._silence() <= self._patience():
-            return False
+        if worker is None or self._failure != Failure() or self._silence() <= self._patience():
+            return False  # one that has failed is on its way out
         worker.poll_events()  # the silence may have been this process's own
         return self._silence() > self._patience()
 

@@ -20,10 +20,14 @@ from medusa_core.model.kv_cache import KVCache
 from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 
+CPU = torch.device("cpu")
 
-def head_source(heads: DraftHeads, slots: int = 1, capacity: int = 300) -> HeadSource:
-    """Uncalibrated heads with their memory on the CPU."""
-    device, shape = torch.device("cpu"), heads.cache_shape
+
+def head_source(
+    heads: DraftHeads, slots: int = 1, capacity: int = 300, device: torch.device = CPU
+) -> HeadSource:
+    """Uncalibrated heads with their memory."""
+    shape = heads.cache_shape
     cache = None
     if shape is not None:
         cache = KVCache(shape, slots=slots, capacity=capacity, dtype=torch.float32, device=device)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medusa_core.draft.heads import DraftHeads
-from medusa_core.draft.merged import build_sources
+from medusa_core.draft.sources import build_sources
 from medusa_core.engine.batch import make_batch
 from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.engine.sequence import Sequence

@@ -31,13 +31,13 @@ class NoRepeats:
 
 def test_paths_of_nodes() -> None:
     drafts = [Draft(7, 0, 1), Draft(8, 1, 2), Draft(9, 0, 1), Draft(6, 2, 3)]
-    paths = NodePaths((1, 2), as_tree([drafts], torch.tensor([5])), 0)
+    paths = NodePaths((1, 2, 5), as_tree([drafts], torch.tensor([5])), 0)
     assert paths.depths_N.tolist() == [0, 1, 2, 1, 3]
     ends = [
         row[: depth + 1] for row, depth in zip(paths.path_tokens_NJ.tolist(), paths.depths_N, strict=True)
     ]
     assert ends == [[5], [5, 7], [5, 7, 8], [5, 9], [5, 7, 8, 6]]
-    assert NodePaths((1,), root_tree(torch.tensor([5, 6])), 1).path_tokens_NJ.tolist() == [[6]]
+    assert NodePaths((1, 6), root_tree(torch.tensor([5, 6])), 1).path_tokens_NJ.tolist() == [[6]]
 
 
 def test_a_path_dependent_processor_is_exact_under_speculation(

@@ -6,9 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from medusa_core.draft.accuracy import default_calibration
 from medusa_core.draft.draft_tree import root_tree
-from medusa_core.draft.head_source import HeadSource
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed
 from medusa_core.engine.batch import make_batch
@@ -18,6 +16,7 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.request import Request
 from medusa_core.sampling_params import SamplingParams
 from tests.core.conftest import speculate
+from tests.core.stepping import head_source
 
 META = torch.device("meta")
 SAMPLING = (
@@ -67,8 +66,7 @@ def test_no_value_is_looked_at(
     else:
         heads = copy.deepcopy(heads_that_know(kind)).to(META)  # type: ignore[attr-defined]
         heads._embed = meta_backbone.embed
-        source = HeadSource(heads, default_calibration(4), META)
-        source.allocate(slots=2, capacity=200, dtype=torch.float32, device=META)
+        source = head_source(heads, slots=2, capacity=200, device=META)
         for sequence in sequences:
             source.start(sequence.slot)
             hidden = torch.zeros(3, meta_backbone.hidden_size, device=META)

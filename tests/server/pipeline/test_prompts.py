@@ -69,9 +69,10 @@ def test_sources_by_name_and_by_default(prepare, source):
 
 
 def test_a_source_the_model_has_not_is_refused(prepare):
-    detail = refusal(prepare, sources=("ngram",), speculation={"source": "both"})
-    assert detail.param == "speculation.source"
-    assert detail.message == 'This model has no draft source "both"; choose one of "heads", "ngram".'
+    for source in ("heads", "both"):
+        detail = refusal(prepare, sources=("ngram",), speculation={"source": source})
+        assert detail.param == "speculation.source"
+        assert detail.message == f'This model has no draft source "{source}"; choose one of "ngram".'
     assert prepare(sources=("ngram",)).params.speculation.source is DraftSourceName.HEADS
 
 

@@ -13,7 +13,7 @@ from medusa_core.draft.heads import last_of_each
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 
 
-class HeadModule(nn.Module):
+class HeadStack(nn.Module):
     """K heads with residual blocks x + SiLU(W x + b), each [K, E, E], and an output layer per head, or one.
 
     `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's
