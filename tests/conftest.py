@@ -164,7 +164,7 @@ def vicuna_layout_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _train_sentencepiece(path: Path) -> int:
-    """Write `tokenizer.model` as Llama's was trained: identity normaliser, spaces kept. Returns its size."""
+    """Write `tokenizer.model` as Llama's was trained: identity normalizer, spaces kept. Returns its size."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TRAINING_LINES),
         model_prefix=str(path / "tokenizer"),

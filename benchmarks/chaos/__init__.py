@@ -1,1 +1,1 @@
-"""What `benchmarks/soak.py` and `benchmarks/overload.py` are made of: clients, faults, judgement, report."""
+"""What `benchmarks/soak.py` and `benchmarks/overload.py` are made of: clients, faults, judgment, report."""

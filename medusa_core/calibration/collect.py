@@ -75,7 +75,7 @@ def observe(engine: Engine, answer: Answer) -> Iterator[Observed]:
     assert engine.heads is not None
     heads, device = engine.heads, engine.backbone.device
     ids = [*answer.prompt_ids, *answer.answer_ids]
-    hidden_SE = heads.contextualise(_hidden_states(engine, ids[:-2])[None])[0]
+    hidden_SE = heads.contextualize(_hidden_states(engine, ids[:-2])[None])[0]
     first = len(answer.prompt_ids) - 1  # its hidden state gives the answer's first token, the first root
     padded = torch.tensor([*ids, *[-1] * heads.num_heads], device=device)
     for start in range(first, len(ids) - 2, CHUNK_POSITIONS):

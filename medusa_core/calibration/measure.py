@@ -69,7 +69,7 @@ class LengthMeter:
     """Mean acceptance length of one drafter on greedy answers.
 
     Each answer is walked in the very steps the engine would take. The mean over all positions would be
-    another: long runs skip the positions behind them, so more steps begin where guessing is hard.
+    another: long runs skip the positions after them, so more steps begin where guessing is hard.
     """
 
     def __init__(self, drafter: HeadDrafter, taus: tuple[float, ...]) -> None:

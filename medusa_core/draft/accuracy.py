@@ -28,7 +28,7 @@ class HeadCalibration:
     """Measured accuracy and confidence of K draft heads.
 
     `accuracies[k][r]`: share of positions at which head k's guess of rank r was the model's token;
-    `counts[k]`: positions behind it. `temperatures`: sampling temperature -> tau per head, the divisor that
+    `counts[k]`: positions it comes from. `temperatures`: sampling temperature -> tau per head, the divisor that
     makes the heads' scores probabilities of being right. `expected`: tree kind ("static", "dynamic") -> nodes
     (root included) -> mean acceptance length in tokens per step. `tree_nodes`: the size that was fastest on
     `machine`.
@@ -71,9 +71,9 @@ def default_calibration(num_heads: int) -> HeadCalibration:
 def wilson_interval(rate: float, count: int) -> tuple[float, float]:
     """95 % interval of a share seen in `count` trials (Wilson 1927)."""
     z, n = 1.96, max(count, 1)
-    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     spread = z / (1 + z * z / n) * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
-    return centre - spread, centre + spread
+    return center - spread, center + spread
 
 
 def save_calibration(calibration: HeadCalibration, directory: Path) -> Path:

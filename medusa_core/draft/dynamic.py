@@ -73,7 +73,7 @@ def best_ranks(scores: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 
 def choose_best(joint_BP: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """The root and the likeliest of P drafts behind it, in their order [B, size]; and where each node of all
+    """The root and the likeliest of P drafts below it, in their order [B, size]; and where each node of all
     stands among those [B, P+1].
 
     Stable: of equal drafts the earlier, hence a parent before its child, so the choice is prefix-closed.

@@ -77,7 +77,7 @@ class HeadStack(nn.Module):
         """The last of the newly committed tokens' hidden states [B, E]."""
         return last_of_each(hidden_BUE, counts)
 
-    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+    def contextualize(self, hidden_BSE: Tensor) -> Tensor:
         """What `read` would have returned at every position: the hidden states themselves."""
         return hidden_BSE
 

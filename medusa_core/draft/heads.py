@@ -41,7 +41,7 @@ class DraftHeads(Protocol):
         Returns what the next drafts come from [B, E]. `cache`: the rows' memory of `cache_shape`.
         """
 
-    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+    def contextualize(self, hidden_BSE: Tensor) -> Tensor:
         """What `read` would have returned at every position of whole sequences [B, S, E]."""
 
 

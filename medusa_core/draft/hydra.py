@@ -34,7 +34,7 @@ class HydraShape:
 
 
 class HydraHeads(HeadStack):
-    """Hydra heads: a `HeadStack` with biased output layers behind first blocks that see the path.
+    """Hydra heads: a `HeadStack` with biased output layers after first blocks that see the path.
 
     `first_weights[i]` [2, E, (i+2)E] and `first_biases[i]` [2, E] stack W over R; the other L - 1 layers are
     blocks. `embed` belongs to the backbone: neither trained nor saved here. `dropout` applies before every
@@ -119,7 +119,7 @@ class HydraHeads(HeadStack):
         return last_of_each(hidden_BUE, counts)
 
     @torch.inference_mode()
-    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+    def contextualize(self, hidden_BSE: Tensor) -> Tensor:
         """What `read` would have returned at every position of whole sequences."""
         return hidden_BSE if self.prefix is None else self.prefix(hidden_BSE.to(self._dtype))
 

@@ -47,7 +47,7 @@ class HitRate:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """`length` last tokens stood elsewhere before: `places` are behind those, `draft` is their best guess."""
+    """`length` last tokens stood elsewhere before: `places` come after those, `draft` is their best guess."""
 
     length: int
     places: list[int]
@@ -56,7 +56,7 @@ class Match:
 
 @dataclass(slots=True)
 class SequenceMemory:
-    """One sequence: its tokens with the root last, and what stood behind each n-gram of it."""
+    """One sequence: its tokens with the root last, and what followed each n-gram of it."""
 
     tokens: list[int] = field(default_factory=list)
     has_root: bool = False
@@ -84,7 +84,7 @@ class SequenceMemory:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """A node behind the root: its parent is an index among all nodes, the root 0."""
+    """A node below the root: its parent is an index among all nodes, the root 0."""
 
     token: int
     parent: int
@@ -94,11 +94,11 @@ class Draft:
 def grow(tokens: Sequence[int], places: Sequence[int], nodes: int, rate: float) -> list[Draft]:
     """The likeliest drafts of a tree of at most `nodes`, root included; parents before their children.
 
-    `places` in `tokens` vote for the token that stands there, those that agree for the one behind it, and so
+    `places` in `tokens` vote for the token that stands there, those that agree for the one after it, and so
     on; each level is right at the given rate.
     """
     drafts: list[Draft] = []
-    # (-value, serial, draft, places behind it): of equal values the one found first.
+    # (-value, serial, draft, places after it): of equal values the one found first.
     heap: list[tuple[float, int, Draft, list[int]]] = []
     serial = count()
 
@@ -107,22 +107,22 @@ def grow(tokens: Sequence[int], places: Sequence[int], nodes: int, rate: float) 
         for place in sorted(voters, reverse=True):  # of equal votes the latest place first
             if place < len(tokens):
                 votes.setdefault(tokens[place], []).append(place + 1)
-        for token, behind in votes.items():
-            share = value * rate * len(behind) / len(voters)
+        for token, after in votes.items():
+            share = value * rate * len(after) / len(voters)
             if share >= LEAST_VALUE or not drafts:
-                heapq.heappush(heap, (-share, next(serial), Draft(token, parent, depth), behind))
+                heapq.heappush(heap, (-share, next(serial), Draft(token, parent, depth), after))
 
     offer(1.0, 0, 1, places)
     while heap and len(drafts) < nodes - 1:
-        negative, _, draft, behind = heapq.heappop(heap)
+        negative, _, draft, after = heapq.heappop(heap)
         drafts.append(draft)
         if draft.depth < MAX_DEPTH:
-            offer(-negative, len(drafts), draft.depth + 1, behind)
+            offer(-negative, len(drafts), draft.depth + 1, after)
     return drafts
 
 
 def as_tree(found: Sequence[Sequence[Draft]], roots_B: Tensor) -> DraftTree:
-    """The drafts of each row behind its root."""
+    """The drafts of each row below its root."""
     return stack_rows([([row], _row(drafts, roots_B[row : row + 1])) for row, drafts in enumerate(found)])
 
 

@@ -65,7 +65,7 @@ class PrefixLayer(nn.Module):
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows) -> Tensor:
         """Outputs [B, U, E] for each row's first `counts` tokens, which `cache` then holds too.
 
-        What stands behind them in the shorter rows is padding.
+        What stands after them in the shorter rows is padding.
         """
         size, device = hidden_BUE.shape[1], hidden_BUE.device
         starts_B1 = torch.tensor(cache.lengths, device=device)[:, None]

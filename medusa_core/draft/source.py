@@ -17,7 +17,7 @@ from medusa_core.sampling_params import SamplingParams, SpeculationParams
 class Committed:
     """What a forward pass added to one sequence.
 
-    `token_ids`: committed now, in order; `root`: the token decided behind them, None while a prompt is not
+    `token_ids`: committed now, in order; `root`: the token decided after them, None while a prompt is not
     read to its end. `hidden_TE`: hidden states (after the final norm) of all rows of the pass, of which those
     in `path` belong to `token_ids`.
     """
@@ -83,4 +83,4 @@ class DraftSource(Protocol):
         """Take in what a sequence gained, in order and without gaps."""
 
     def propose(self, batch: DraftBatch) -> DraftTree:
-        """A tree for each row behind its root, of at most the row's budget."""
+        """A tree for each row below its root, of at most the row's budget."""

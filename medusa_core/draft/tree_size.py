@@ -151,7 +151,7 @@ def fastest_size(seconds: Mapping[int, float], calibration: HeadCalibration) -> 
 
 
 def scratch_rows(heads: DraftHeads | None, static_tree: Tree | None, tree_nodes: int | None) -> int:
-    """Cache rows behind the context for the largest tree that is measured or asked for."""
+    """Cache rows after the context for the largest tree that is measured or asked for."""
     named = [] if heads is None else [tree.size for tree in fitting_trees(heads)]
     own = [static_tree.size] if static_tree is not None else []
     return max(*named, *own, tree_nodes or 1, *TREE_SIZES)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class AnswerStats:
     """Tokens and seconds of one or more answers. Prefill, which yields the first token, is kept apart.
 
-    `decode_tokens` and `decode_steps` count what the reader got: no token behind a stop, no step that brought
+    `decode_tokens` and `decode_steps` count what the reader got: no token after a stop, no step that brought
     none. `baseline_seconds` is what the steps' tokens would have taken one by one (0.0 where the engine
     measured nothing).
     """

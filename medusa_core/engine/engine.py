@@ -333,7 +333,7 @@ class Engine:
         return output
 
     def _commit(self, sequence: Sequence, row: RowResult, hidden_TE: Tensor) -> None:
-        """Book a step's path: root and accepted drafts are final, the token behind them is the next root."""
+        """Book a step's path: root and accepted drafts are final, the token after them is the next root."""
         token_ids = [sequence.root, *row.token_ids[:-1]]
         self._cache.advance(sequence.slot, len(row.path))
         sequence.num_cached += len(row.path)

@@ -25,7 +25,7 @@ NUCLEUS_PREFIX = 128  # candidates looked at before falling back to sorting the 
 
 @dataclass(frozen=True)
 class NodePaths:
-    """The tokens before each row: `history`, with the root last, for all; from there on the row's own path."""
+    """The tokens before each row: `history`, the root last, for all; from there on the row's own path."""
 
     history: Sequence[int]
     tree: DraftTree
@@ -39,7 +39,7 @@ class NodePaths:
 
     @property
     def depths_N(self) -> Tensor:
-        """Places of each row's path behind the root that count."""
+        """Places of each row's path after the root that count."""
         return self.tree.depths_BT[self.row]
 
 

@@ -27,7 +27,7 @@ class Decision:
     """What a step decided, on the device.
 
     `path_BD` [B, D+1]: accepted nodes, root first, of which `count_B` drafts count. `next_roots_B`: the
-    tokens decided behind them.
+    tokens decided after them.
     """
 
     path_BD: Tensor
@@ -39,10 +39,10 @@ class Runner(Protocol):
     """Runs a step's two phases. Nothing is decided on the host inside of one."""
 
     def verify(self, batch: Batch, tree: DraftTree) -> BackboneOutput:
-        """One forward pass over all nodes; their keys and values lie uncommitted behind each row's own."""
+        """One forward pass over all nodes; their keys and values lie uncommitted after each row's own."""
 
     def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
-        """Choose each row's path and move its keys and values behind the committed ones."""
+        """Choose each row's path and move its keys and values to follow the committed ones."""
 
 
 class EagerRunner:

@@ -23,7 +23,7 @@ def _signed(value: int) -> int:
 
 
 def _splitmix(value: int) -> int:
-    """SplitMix64's finaliser (Steele et al. 2014) on Python integers."""
+    """SplitMix64's finalizer (Steele et al. 2014) on Python integers."""
     value = (value ^ (value >> 30)) * _MIX1 & _MASK64
     value = (value ^ (value >> 27)) * _MIX2 & _MASK64
     return value ^ (value >> 31)

@@ -100,7 +100,7 @@ def _unpack(row: list[int], width: int) -> RowResult:
 
 
 def first_root(sequence: Sequence, output: BackboneOutput, vocabulary_V: Tensor) -> int:
-    """The token behind a prompt, from the last row of its prefill's last chunk."""
+    """The token after a prompt, from the last row of its prefill's last chunk."""
     history, noise = sequence.token_ids, None
     if not sequence.params.is_greedy:
         noise = gumbel_noise(sequence.request.seed, [len(sequence.token_ids)], vocabulary_V)

@@ -86,7 +86,7 @@ class Backbone:
         return KVCache(shape, slots=slots, capacity=capacity, dtype=self.dtype, device=self.device)
 
     def prefill(self, token_ids: Sequence[int], cache: CacheRows) -> BackboneOutput:
-        """Run and commit prompt tokens behind one row's own; logits [1, 1, V] are the last token's."""
+        """Run and commit prompt tokens after one row's own; logits [1, 1, V] are the last token's."""
         count = len(token_ids)
         [start] = cache.lengths
         tokens = torch.tensor([list(token_ids)], device=self.device)
@@ -103,7 +103,7 @@ class Backbone:
         cache: CacheRows,
         logits_from: int = 0,
     ) -> BackboneOutput:
-        """Run T tokens of each row; their keys and values go behind its committed ones, uncommitted.
+        """Run T tokens of each row; their keys and values go after its committed ones, uncommitted.
 
         `among`: which of the T tokens each of them sees; all see the committed ones, as far as the model's
         sliding window allows. Logits are computed for tokens `logits_from` on.

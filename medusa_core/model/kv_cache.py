@@ -1,8 +1,8 @@
 """Key/value cache in slots: owns the memory and each slot's committed length; knows nothing of trees or text.
 
 One tensor [L, 2, B, H, C, D] holds every layer's keys and values: L layers, B slots, H key/value heads, C
-capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) behind a slot's committed
-length n; `keep` moves the accepted ones behind n (the trim of the Medusa paper, §2.2), and whatever is not
+capacity in tokens, D head dimension. A forward pass writes its T rows at [n, n+T) after a slot's committed
+length n; `keep` moves the accepted ones to n (the trim of the Medusa paper, §2.2), and whatever is not
 committed is overwritten later.
 """
 
@@ -79,9 +79,9 @@ class KVCache:
         return self._rows[slots]
 
     def keep(self, slots_B: Tensor, lengths_B: Tensor, path_BD: Tensor) -> None:
-        """Move the rows of a path (node indices of the last forward pass, root first) behind n.
+        """Move a path's rows (node indices of the last forward pass, root first) to where n ends.
 
-        Static in shape: all D rows move, those behind the accepted ones for nothing. Lengths do not change:
+        Static in shape: all D rows move, those after the accepted ones for nothing. Lengths do not change:
         `advance` follows when the host knows how many count.
         """
         if path_BD.shape[1] == 1:
@@ -93,7 +93,7 @@ class KVCache:
         self.storage_L2BHCD[:, :, rows_B1, :, target_BD] = self.storage_L2BHCD[:, :, rows_B1, :, source_BD]
 
     def advance(self, slot: int, count: int) -> None:
-        """Commit `count` rows behind the slot's length."""
+        """Commit `count` rows after the slot's own."""
         self.lengths[slot] += count
         assert self.lengths[slot] <= self.capacity
 
@@ -126,7 +126,7 @@ class RowsLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write T rows [B, H, T, D] behind each slot's own; return [B, H, max(n)+T, D]."""
+        """Write T rows [B, H, T, D] after each slot's own; return [B, H, max(n)+T, D]."""
         count, end = key_states.shape[2], 0
         for row, (slot, rows_2HCD) in enumerate(zip(self._slots, self._rows, strict=True)):
             start = self._lengths[slot]

@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def visible_columns(lengths: Sequence[int], among_BTT: Tensor) -> Tensor:
-    """[B, T, W]: True on a row's own `lengths` committed columns and, behind them, where `among` is."""
+    """[B, T, W]: True on a row's own `lengths` committed columns and, after them, where `among` is."""
     count = among_BTT.shape[2]
     lengths_B11 = torch.tensor(lengths, device=among_BTT.device)[:, None, None]
-    behind_B1W = torch.arange(max(lengths) + count, device=among_BTT.device) - lengths_B11
-    place_BTW = behind_B1W.clamp(0, count - 1).expand(-1, among_BTT.shape[1], -1)
-    return (behind_B1W < 0) | (among_BTT.gather(2, place_BTW) & (behind_B1W < count))
+    place_B1W = torch.arange(max(lengths) + count, device=among_BTT.device) - lengths_B11
+    column_BTW = place_B1W.clamp(0, count - 1).expand(-1, among_BTT.shape[1], -1)
+    return (place_B1W < 0) | (among_BTT.gather(2, column_BTW) & (place_B1W < count))
 
 
 def causal(count: int, device: torch.device) -> Tensor:

@@ -10,7 +10,7 @@ from medusa_core.text.detokenizer import IncrementalDetokenizer, StopMatcher
 class TextAssembler:
     """Turns the runs of tokens that steps decide into text, one object per answer.
 
-    Counts the tokens that the reader gets and no others: those behind a stop string are dropped. After
+    Counts the tokens that the reader gets and no others: those after a stop string are dropped. After
     `is_stopped` nothing more comes.
     """
 

@@ -37,7 +37,7 @@ class IncrementalDetokenizer:
 
     def _is_text(self, token_id: int) -> bool:
         # Left out here and not by the decoder: a window that starts with a skipped token would make the
-        # token behind it look like the first of the answer, which loses its leading space.
+        # token after it look like the first of the answer, which loses its leading space.
         return token_id not in self._special and self._backend.id_to_token(token_id) is not None
 
     def _decode(self, start: int, end: int) -> str:

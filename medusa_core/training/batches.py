@@ -58,7 +58,7 @@ def pack(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 class Collator:
     """Makes right-padded batches [B, S] and counts their tokens, padding apart.
 
-    No attention mask: under a causal one no token sees the padding behind it.
+    No attention mask: under a causal one no token sees the padding after it.
     """
 
     tokens: int = 0

@@ -36,7 +36,7 @@ class Targets:
 def find_targets(labels_BS: Tensor, num_heads: int, ignore: int) -> Targets:
     """Every token that head 0 at least drafts while decoding: it and the one before are targets.
 
-    Head k at t drafts t+2+k behind the root t+1, with everything in between decided by the model. So all of
+    Head k at t drafts t+2+k after the root t+1, with everything in between decided by the model. So all of
     t+1..t+2+k must be targets: a root outside the assistant's turn never occurs.
     """
     is_target = labels_BS != ignore

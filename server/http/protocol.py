@@ -58,7 +58,7 @@ class BoundedProtocol(H11Protocol):
     def send_400_response(self, msg: str) -> None:
         """What h11 refuses: no HTTP, or headers that grow beyond the limit."""
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
-            self.transport.close()  # rubbish behind a request that is being answered
+            self.transport.close()  # rubbish after a request that is being answered
             return
         limit = self.config.h11_max_incomplete_event_size
         unread, _ = self.conn.trailing_data

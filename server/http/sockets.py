@@ -38,7 +38,7 @@ def bind(host: str, port: int) -> socket.socket:
             host, port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP, flags=socket.AI_PASSIVE
         )[0]
         # With its protocol named, as asyncio turns Nagle's algorithm off for such sockets only: otherwise the
-        # second chunk of a stream waits for the client's delayed acknowledgement of the first, 40 ms.
+        # second chunk of a stream waits for the client's delayed acknowledgment of the first, 40 ms.
         listener = Listener(family, kind, protocol)
     except OSError as error:
         raise ConfigError(f"cannot listen on {host}: {error.strerror}") from error

@@ -1,4 +1,4 @@
-"""Engines on the tiny model, with random heads and with heads that learnt its answers by heart."""
+"""Engines on the tiny model, with random heads and with heads that learned its answers by heart."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -102,7 +102,7 @@ def heads_of_kind(kind: str, backbone: Backbone) -> MedusaHeads | HydraHeads:
 
 
 @torch.no_grad()
-def randomise(heads: AnyHeads) -> AnyHeads:
+def randomize(heads: AnyHeads) -> AnyHeads:
     generator = torch.Generator().manual_seed(3)
     for parameter in heads.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
@@ -142,7 +142,7 @@ def fit_heads(
 
 @pytest.fixture(scope="session")
 def random_heads(tiny_backbone: Backbone) -> MedusaHeads:
-    return randomise(new_heads(tiny_backbone))
+    return randomize(new_heads(tiny_backbone))
 
 
 @pytest.fixture(scope="session")

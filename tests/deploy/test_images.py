@@ -218,7 +218,7 @@ def test_the_gpu_exporter_watches_what_the_boards_show_and_nothing_that_needs_pr
 
 
 @pytest.mark.parametrize("file", [GPU, CPU])
-def test_no_proxy_stands_between_neighbours(config: Config, file: str) -> None:
+def test_no_proxy_stands_between_neighbors(config: Config, file: str) -> None:
     """Compose gives containers the proxies of Docker's client configuration; busybox knows no no_proxy."""
     for name in ("prometheus", "grafana"):
         environment = config(file)["services"][name]["environment"]

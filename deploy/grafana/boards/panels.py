@@ -26,7 +26,7 @@ class Query:
 
 @dataclass(frozen=True, kw_only=True)
 class Look:
-    """How values are written and coloured."""
+    """How values are written and colored."""
 
     unit: str
     decimals: int | None = None
@@ -175,7 +175,7 @@ def alerts(title: str, description: str) -> Json:
 
 
 def mapped(panel: Json, texts: dict[str, tuple[str, str]]) -> Json:
-    """Values of the panel shown as words: value to text and colour."""
+    """Values of the panel shown as words: value to text and color."""
     options = {
         value: {"color": color, "index": index, "text": text}
         for index, (value, (text, color)) in enumerate(texts.items())
@@ -184,8 +184,8 @@ def mapped(panel: Json, texts: dict[str, tuple[str, str]]) -> Json:
     return panel
 
 
-def coloured(panel: Json, colors: dict[str, str]) -> Json:
-    """Series of these names always in these colours."""
+def colored(panel: Json, colors: dict[str, str]) -> Json:
+    """Series of these names always in these colors."""
     panel["fieldConfig"]["overrides"] += [
         {
             "matcher": {"id": "byName", "options": name},

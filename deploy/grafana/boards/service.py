@@ -11,7 +11,7 @@ from boards.panels import (
     Look,
     Query,
     alerts,
-    coloured,
+    colored,
     mapped,
     rate,
     series,
@@ -107,7 +107,7 @@ def _requests() -> Line:
         PER_SECOND,
         stack="normal",
     )
-    return Line(8, [(12, coloured(ends, colors)), (12, statuses)])
+    return Line(8, [(12, colored(ends, colors)), (12, statuses)])
 
 
 def _errors() -> Line:
@@ -152,7 +152,7 @@ def _load() -> Line:
         ],
         COUNT,
     )
-    return Line(8, [(12, coloured(queue, {"limit": RED})), (12, coloured(slots, {"slots": RED}))])
+    return Line(8, [(12, colored(queue, {"limit": RED})), (12, colored(slots, {"slots": RED}))])
 
 
 def _workers() -> Line:
@@ -180,7 +180,7 @@ def _workers() -> Line:
         COUNT,
     )
     colors = {"ready": GREEN, "starting": YELLOW, "failed": RED}
-    return Line(8, [(12, coloured(states, colors)), (12, restarts)])
+    return Line(8, [(12, colored(states, colors)), (12, restarts)])
 
 
 def _alerts() -> Line:
@@ -211,7 +211,7 @@ def _process() -> Line:
 
 
 def _gpu_work() -> Line:
-    busy = _gpu("GPU utilisation", "Share of time in which a kernel ran.", {"busy": "GPU_UTIL"}, "percent")
+    busy = _gpu("GPU utilization", "Share of time in which a kernel ran.", {"busy": "GPU_UTIL"}, "percent")
     memory = _gpu("GPU memory", "In use, and free.", {"used": "FB_USED", "free": "FB_FREE"}, "mbytes")
     return Line(8, [(12, busy), (12, memory)])
 

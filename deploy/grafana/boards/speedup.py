@@ -11,7 +11,7 @@ from boards.panels import (
     Look,
     Query,
     bars,
-    coloured,
+    colored,
     heatmap,
     rate,
     ratio,
@@ -187,7 +187,7 @@ def _drafts() -> Line:
         Look(unit="percentunit", decimals=1, high=1),
         stack="normal",
     )
-    return Line(8, [(12, coloured(drafts, {"accepted": GREEN, "drafted": BLUE})), (12, modes)])
+    return Line(8, [(12, colored(drafts, {"accepted": GREEN, "drafted": BLUE})), (12, modes)])
 
 
 def _tokens() -> Line:

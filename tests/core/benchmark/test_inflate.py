@@ -178,8 +178,8 @@ def test_inflated_hydra_heads_keep_their_logits(
     tokens = torch.arange(12)[None]
     hidden, wide = tiny.model(tokens).last_hidden_state, inflated.model(tokens).last_hidden_state
     paths = torch.randint(0, 320, (12, 4, 3))
-    expected = own.level_logits(2, own.contextualise(hidden)[0], paths)
-    got = big.level_logits(2, big.contextualise(wide)[0], paths)
+    expected = own.level_logits(2, own.contextualize(hidden)[0], paths)
+    got = big.level_logits(2, big.contextualize(wide)[0], paths)
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert big.shape.hidden_size == 128
     zeros = [(weight[:, :64] == 0).float().mean() for weight in big.first_weights]

@@ -121,7 +121,7 @@ class ScriptedHeads:
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         return last_of_each(hidden_BUE, counts)
 
-    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
+    def contextualize(self, hidden_BSE: Tensor) -> Tensor:
         return hidden_BSE
 
     def draft_logits(self, hidden_BE: Tensor) -> Tensor:

@@ -131,7 +131,7 @@ def test_the_prefix_layer_is_the_published_one(tmp_path: Path) -> None:
     heads = load(write(tmp_path, module), module)
     hidden = torch.randn(1, 9, HIDDEN, generator=torch.Generator().manual_seed(1))
     expected = module.prefix_embeding_layer(inputs_embeds=hidden, use_cache=False).last_hidden_state
-    torch.testing.assert_close(heads.contextualise(hidden), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(heads.contextualize(hidden), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_sixteen_bits_leave_the_rotary_angles_exact(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.sampling_params import SamplingParams
-from tests.core.conftest import BuildEngine, add, decode, new_hydra_heads, randomise, speculate
+from tests.core.conftest import BuildEngine, add, decode, new_hydra_heads, randomize, speculate
 from tests.core.stepping import Stepper, head_source
 
 CPU = torch.device("cpu")
@@ -156,7 +156,7 @@ def test_training_features_are_what_drafting_computes(heads: HydraHeads, tiny_ba
     hidden_BSE = tiny_backbone.model.base_model(tokens_BS).last_hidden_state
     source_KN = torch.tensor([[0, 5, 12 + 6]] * 4)
     features_KNE = heads.features(TrainingBatch(hidden_BSE, tokens_BS), source_KN)
-    seen_NE = heads.contextualise(hidden_BSE).flatten(0, 1)[source_KN[0]]
+    seen_NE = heads.contextualize(hidden_BSE).flatten(0, 1)[source_KN[0]]
     for level in range(4):
         behind = source_KN[0][:, None] + 1 + torch.arange(level + 1)
         expected = heads.level_logits(level, seen_NE, tokens_BS.flatten()[behind][:, None])[:, 0]
@@ -195,7 +195,7 @@ def draft_cache(heads: HydraHeads, *, slots: int, capacity: int) -> KVCache:
 @torch.inference_mode()
 def test_prefix_cache_after_random_reads_and_truncates(tiny_backbone: Backbone) -> None:
     """100 of them, two slots at a time with counts of their own: as a recomputation from scratch."""
-    heads = randomise(new_hydra_heads(tiny_backbone, num_layers=1, with_prefix=True))
+    heads = randomize(new_hydra_heads(tiny_backbone, num_layers=1, with_prefix=True))
     cache = draft_cache(heads, slots=3, capacity=80)
     rng = random.Random(4)
     generator = torch.Generator().manual_seed(4)
@@ -216,7 +216,7 @@ def test_prefix_cache_after_random_reads_and_truncates(tiny_backbone: Backbone) 
             hidden[slot] = torch.cat([hidden[slot], new[row : row + 1, :count]], dim=1)
             length = cache.lengths[slot]
             assert length == hidden[slot].shape[1]
-            expected = heads.contextualise(hidden[slot])[0, -1]
+            expected = heads.contextualize(hidden[slot])[0, -1]
             torch.testing.assert_close(got[row], expected, atol=1e-4, rtol=1e-4)
             fresh = draft_cache(heads, slots=1, capacity=80)
             heads.read(hidden[slot], [length], fresh.rows((0,)))
@@ -248,7 +248,7 @@ def test_heads_catch_up_after_steps_without_speculation(
     committed = torch.tensor([sequence.token_ids[:-1]])
     hidden = tiny_backbone.model.base_model(committed).last_hidden_state
     root, taus = torch.tensor([sequence.root]), (1.0,) * 4
-    expected = make_drafter(heads, 12, CPU).draft(heads.contextualise(hidden)[:, -1], root, taus, 0.0, None)
+    expected = make_drafter(heads, 12, CPU).draft(heads.contextualize(hidden)[:, -1], root, taus, 0.0, None)
     assert torch.equal(drafted.tokens_BT, expected.tokens_BT)
 
 
@@ -276,7 +276,7 @@ def test_scaled_embeddings_and_grouped_queries(tiny_chat: object, tiny_prompts: 
     heads = new_hydra_heads(backbone, num_layers=1, with_prefix=True)
     assert heads.cache_shape is not None
     assert (heads.cache_shape.num_kv_heads, heads.cache_shape.head_dim) == (1, 16)
-    randomise(heads)
+    randomize(heads)
     source = head_source(heads, slots=1, capacity=120)
     prompt = tiny_prompts[1]
     for temperature in (0.0, 0.9):

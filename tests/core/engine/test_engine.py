@@ -50,8 +50,8 @@ class TroubledHeads:
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         return self._heads.read(hidden_BUE, counts, cache)
 
-    def contextualise(self, hidden_BSE: Tensor) -> Tensor:
-        return self._heads.contextualise(hidden_BSE)
+    def contextualize(self, hidden_BSE: Tensor) -> Tensor:
+        return self._heads.contextualize(hidden_BSE)
 
     def draft_logits(self, hidden_BE: Tensor) -> Tensor:
         if self.good_calls == 0:

@@ -14,7 +14,7 @@ from medusa_core.draft.tree import Tree, make_tree
 from medusa_core.engine.outputs import FinishReason
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
-from tests.core.conftest import BuildEngine, Decoded, add, decode, heads_of_kind, randomise, speculate
+from tests.core.conftest import BuildEngine, Decoded, add, decode, heads_of_kind, randomize, speculate
 
 Plain = Callable[[list[int], SamplingParams], Decoded]
 TREES = ("dynamic", "static", "mc_sim_7b_63")
@@ -50,7 +50,7 @@ def heads(
     heads_that_know: Callable[[str], DraftHeads],
 ) -> DraftHeads:
     kind, state = request.param
-    return heads_that_know(kind) if state == "trained" else randomise(heads_of_kind(kind, tiny_backbone))
+    return heads_that_know(kind) if state == "trained" else randomize(heads_of_kind(kind, tiny_backbone))
 
 
 PLAIN = speculate("off")

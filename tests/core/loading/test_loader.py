@@ -65,7 +65,7 @@ def test_hydra_heads_beside_the_model(model_dir: Path) -> None:
     hidden, path = torch.randn(1, 64), torch.tensor([[[3, 5]]])
     assert torch.equal(parts.heads.level_logits(1, hidden, path), heads.level_logits(1, hidden, path))
     context = torch.randn(1, 5, 64)
-    assert torch.equal(parts.heads.contextualise(context), heads.contextualise(context))
+    assert torch.equal(parts.heads.contextualize(context), heads.contextualize(context))
 
 
 def test_calibration_comes_with_heads_from_the_hub(

@@ -14,7 +14,7 @@ from server.http.sockets import SEND_BUFFER, bind
 
 
 def test_accepted_connections_send_at_once_and_buffer_little() -> None:
-    """Without TCP_NODELAY a stream's second chunk waits 40 ms for the first one's acknowledgement."""
+    """Without TCP_NODELAY a stream's second chunk waits 40 ms for the first one's acknowledgment."""
 
     async def options() -> tuple[int, int]:
         seen: asyncio.Future[tuple[int, int]] = asyncio.get_running_loop().create_future()
