@@ -28,7 +28,7 @@ class HeadCalibration:
     """Measured accuracy and confidence of K draft heads.
 
     `accuracies[k][r]`: share of positions at which head k's guess of rank r was the model's token;
-    `counts[k]`: positions it comes from. `temperatures`: sampling temperature -> tau per head, the divisor that
+    `counts[k]`: how many positions. `temperatures`: sampling temperature -> tau per head, the divisor that
     makes the heads' scores probabilities of being right. `expected`: tree kind ("static", "dynamic") -> nodes
     (root included) -> mean acceptance length in tokens per step. `tree_nodes`: the size that was fastest on
     `machine`.
