@@ -75,5 +75,6 @@ def _report(answer: "Answer") -> dict[str, Any]:
         "seed": answer.seed,
         "tokens_per_second": stats.tokens_per_second,
         "tokens_per_step": stats.tokens_per_step,
+        "origins": stats.origins,
         "estimated_speedup": stats.estimated_speedup,
     }

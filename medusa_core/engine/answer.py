@@ -1,7 +1,8 @@
 """Answers as text: an engine's steps assembled, and what they cost."""
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from medusa_core.engine.outputs import FinishReason, StepOutput
@@ -12,6 +13,8 @@ from medusa_core.text.assembler import TextAssembler
 if TYPE_CHECKING:
     from medusa_core.engine.engine import Engine
 
+SECONDS = ("prefill_seconds", "decode_seconds", "baseline_seconds")
+
 
 @dataclass(slots=True)
 class AnswerStats:
@@ -19,7 +22,7 @@ class AnswerStats:
 
     `decode_tokens` and `decode_steps` count what the reader got: no token after a stop, no step that brought
     none. `baseline_seconds` is what the steps' tokens would have taken one by one (0.0 where the engine
-    measured nothing).
+    measured nothing). `origins`: how many tokens the model, heads and n-grams guessed.
     """
 
     prompt_tokens: int = 0
@@ -29,6 +32,7 @@ class AnswerStats:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     baseline_seconds: float = 0.0
+    origins: Counter[str] = field(default_factory=Counter)
     finish_reason: FinishReason | None = None
 
     @property
@@ -64,9 +68,7 @@ class AnswerStats:
 
     def add(self, other: "AnswerStats") -> None:
         """Add a whole answer."""
-        for name in ("prompt_tokens", "tokens", "decode_tokens", "decode_steps"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name in ("prefill_seconds", "decode_seconds", "baseline_seconds"):
+        for name in ("prompt_tokens", "tokens", "decode_tokens", "decode_steps", "origins", *SECONDS):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.finish_reason = other.finish_reason
 
@@ -115,7 +117,9 @@ class AnswerBuilder:
         if output.finish_reason is not None:
             text += self._assembler.finish()
         self.stats.add_step(output, self._assembler)
-        self._token_ids += output.token_ids[: self._assembler.num_tokens - before]
+        count = self._assembler.num_tokens - before
+        self.stats.origins.update(extras.origin for extras in output.extras[:count])
+        self._token_ids += output.token_ids[:count]
         self._pieces.append(text)
         return text
 

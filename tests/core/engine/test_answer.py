@@ -37,6 +37,10 @@ def test_acceptance_length_counts_what_the_reader_gets(engine: Engine) -> None:
     stats = engine.chat(MESSAGES, GREEDY).stats
     assert (stats.tokens, stats.decode_tokens) == (24, 23)
     assert stats.tokens_per_step == 23 / stats.decode_steps
+    # At most one token of a step, prefill's included, is the model's own; the last step was cut short.
+    assert stats.origins.total() == 24
+    assert stats.decode_steps <= stats.origins["model"] <= stats.decode_steps + 1
+    assert set(stats.origins) == {"model", "heads"}
     off = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, speculation=speculate("off"))
     plain = engine.chat(MESSAGES, off).stats
     assert (plain.tokens_per_step, plain.decode_steps) == (1.0, 23)
