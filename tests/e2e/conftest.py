@@ -274,6 +274,7 @@ def _start_medusa() -> Iterator[Callable[..., tuple[subprocess.Popen[str], str]]
 
         def is_ready() -> bool:
             assert process.poll() is None, process.communicate()
+            time.sleep(0.25)  # each answer is a line of log in a pipe that nobody reads yet, of 64 KiB
             try:
                 return httpx.get(f"{url}/ready", timeout=5).status_code == 200
             except httpx.TransportError:

@@ -12,7 +12,7 @@ SECOND = [Draft(4, 0, 1), Draft(5, 1, 2), Draft(6, 2, 3), Draft(3, 1, 2)]
 
 
 def tree_of(drafts: list[Draft], root: int = 1) -> DraftTree:
-    return as_tree(drafts, torch.tensor([root]))
+    return as_tree([drafts], torch.tensor([root]))
 
 
 def test_two_trees_under_one_root() -> None:
