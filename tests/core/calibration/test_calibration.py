@@ -221,6 +221,7 @@ def test_lengths_are_walked_in_steps() -> None:
     assert (again.steps, again.mean) == (3, round(7 / 3, 4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("heads_kind", ["medusa", "hydra", "hydra++"])
 def test_expected_lengths_are_what_the_engine_gets(
     build_engine: BuildEngine,

@@ -143,7 +143,7 @@ def test_sampled_equals_baseline_of_the_same_seed(
     assert len(texts) == len(range(20)[part])
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 6))])
 def test_random_trees(
     build_engine: BuildEngine,
     tiny_prompts: list[list[int]],
@@ -163,6 +163,7 @@ def test_random_trees(
             assert medusa.token_ids == plain(prompt, params).token_ids
 
 
+@pytest.mark.slow
 def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads: DraftHeads) -> None:
     """The reference pads short paths with token 0 and accepts the padding (medusa_hydra.md §2.5)."""
     engine = build_engine(trained_heads, tree_nodes=12)
@@ -224,6 +225,7 @@ def test_stop_token_at_every_offset_of_a_run(
     assert inside_a_run > 0
 
 
+@pytest.mark.slow
 def test_eos_inside_an_accepted_run(
     build_engine: BuildEngine, tiny_prompts: list[list[int]], trained_heads: DraftHeads
 ) -> None:

@@ -92,6 +92,7 @@ def hub(tmp_path: Path) -> Iterator[Server]:
         thread.join()
 
 
+@pytest.mark.slow
 def test_weights_without_safetensors_are_loaded_and_nobody_is_asked_to_convert_them(
     hub: Server, tmp_path: Path
 ) -> None:
