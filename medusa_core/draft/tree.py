@@ -163,7 +163,7 @@ def expected_acceptance_length(tree: Tree, accuracies: Accuracies) -> float:
 
 
 def superset_paths(nodes: int, depth: int, width: int) -> tuple[RankPath, ...]:
-    """Every path that can be among the best `nodes` drafted ones, whatever the heads say (design §4).
+    """Every path that can be among the best `nodes` drafted ones, whatever the heads say.
 
     With ranks r counted from 1, path (r1..rd) is beaten or matched by every (s1..sj), j <= d, s <= r, of
     which there are the sum over j of r1*...*rj: a path with more than `nodes` of them is never needed.

@@ -165,7 +165,7 @@ def test_random_trees(
 
 @pytest.mark.slow
 def test_token_zero_among_the_predicted(build_engine: BuildEngine, trained_heads: DraftHeads) -> None:
-    """The reference pads short paths with token 0 and accepts the padding (medusa_hydra.md §2.5)."""
+    """The reference pads short paths with token 0 and accepts the padding."""
     engine = build_engine(trained_heads, tree_nodes=12)
     model = engine.backbone.model
     weight = model.lm_head.weight
