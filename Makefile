@@ -26,7 +26,7 @@ help:
 	@echo "make setup-dev   the same, with training, plots, Ray and what the targets below need"
 	@echo "make example     a model of your own made fast: distill, train, calibrate, serve (about 5 minutes)"
 	@echo "make test        all tests; ARGS='tests/core -k tree' for some of them"
-	@echo "make test-quick  those that need no server and few seconds each, in two minutes"
+	@echo "make test-quick  those that need no server and few seconds each, in two to three minutes"
 	@echo "make coverage    all tests with branch coverage, which must be 95 %"
 	@echo "make check       formatting, lint, types, import contracts, security, documentation"
 	@echo "make format      format the code and mend what ruff can mend"

@@ -74,10 +74,10 @@ def join_roots(first: DraftTree, second: DraftTree) -> DraftTree:
 
 def stack_rows(parts: Sequence[tuple[Sequence[int], DraftTree]]) -> DraftTree:
     """One tree of all rows, each part given with the rows it is for; small trees are padded."""
-    size = max(tree.size for _, tree in parts)
-    depth = max(tree.max_depth for _, tree in parts)
     if len(parts) == 1:
         return parts[0][1]
+    size = max(tree.size for _, tree in parts)
+    depth = max(tree.max_depth for _, tree in parts)
     padded = [_pad(tree, size) for _, tree in parts]
     places = torch.tensor([row for rows, _ in parts for row in rows], device=padded[0].tokens_BT.device)
     order = places.argsort()

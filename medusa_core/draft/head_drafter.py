@@ -61,8 +61,8 @@ def _draft_at_once(
     hidden_BE: Tensor,
     roots_B: Tensor,
     taus: tuple[float, ...],
-    temperature: float = 0.0,
-    noise_BPV: Tensor | None = None,
+    temperature: float,
+    noise_BPV: Tensor | None,
 ) -> DraftTree:
     logits = heads.draft_logits(hidden_BE)[:, : filler.max_depth]
     tree = filler.draft(couple(logits, temperature, noise_BPV, heads.token_map), roots_B, taus)
@@ -78,7 +78,7 @@ def _draft_by_level(
     hidden_BE: Tensor,
     roots_B: Tensor,
     taus: tuple[float, ...],
-    temperature: float = 0.0,
-    noise_BPV: Tensor | None = None,
+    temperature: float,
+    noise_BPV: Tensor | None,
 ) -> DraftTree:
     return filler.draft(LevelScores(heads, hidden_BE, temperature, noise_BPV), roots_B, taus)
