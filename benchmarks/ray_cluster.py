@@ -21,7 +21,8 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "deploy" / "ray" / "config.cpu.yaml"
 REPLICA_TITLE = "ray::ServeReplica"
 LOG_NAME = "replica_medusa_Medusa_"  # and the replica's id, in Ray's logs
-START_SECONDS = 120.0
+START_SECONDS = 300.0  # Ray starts a dozen processes, each of which imports torch
+LOG_TAIL = 2_000  # characters
 OBJECT_STORE_BYTES = 80 * 2**20
 
 
@@ -103,7 +104,12 @@ class Cluster:
             if condition(replicas):
                 return replicas
             time.sleep(0.2)
-        raise SystemExit(f"no {what} after {START_SECONDS:g} s; Ray's logs are in {self._logs}")
+        raise SystemExit(f"no {what} after {START_SECONDS:g} s; Ray's logs are in {self._logs}\n{self._tails()}")
+
+    def _tails(self) -> str:
+        """The end of each replica's log."""
+        logs = sorted(self._logs.glob(f"{LOG_NAME}*.log"))
+        return "\n".join(f"{path.name}: {path.read_text(encoding='utf-8')[-LOG_TAIL:]}" for path in logs)
 
     def served_by(self) -> dict[str, str]:
         """Which replica each finished request was on, by request id: from the replicas' own access logs."""

@@ -23,7 +23,7 @@ pytest.importorskip("ray", reason="Ray is not installed; `make setup-dev` brings
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "deploy" / "ray"
 FOREIGN_SETTINGS = {"OMP_NUM_THREADS"}
-RUN_SECONDS = 300
+RUN_SECONDS = 900
 
 
 @pytest.fixture(scope="module")
