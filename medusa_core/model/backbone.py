@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from medusa_core.errors import CheckpointError
 from medusa_core.model.kv_cache import CacheRows, CacheShape, KVCache
 from medusa_core.model.masks import additive_mask, causal, visible_columns
+from medusa_core.model.verify_program import VerifyFacts
 
 IGNORED_KEYS = ("medusa_head.", "medusa_heads.", "rotary_emb.inv_freq", "masked_bias", "attn.bias")
 ATTENTION_TYPES = {"full_attention", "sliding_attention"}
@@ -79,6 +80,12 @@ class Backbone:
         """Input embeddings [..., E] as the model's own module gives them, scaled if that scales."""
         embeddings: Tensor = self.model.get_input_embeddings()(token_ids)
         return embeddings
+
+    @property
+    def verify_facts(self) -> VerifyFacts:
+        """What a program of this backbone's forward pass depends on."""
+        types = tuple(sorted(self._layer_types))
+        return VerifyFacts(self.splits, self.vocab_size, self.window, types, self._cache_shape)
 
     def new_cache(self, slots: int, capacity: int, shape: CacheShape | None = None) -> KVCache:
         """Zeroed slots for this model's layers, or others. Raises `ConfigError` without memory for them."""

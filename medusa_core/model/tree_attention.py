@@ -1,0 +1,69 @@
+"""Attention of a tree's nodes over their slot's rows, through transformers' attention interface.
+
+A node's ancestors lie at other columns than the same tokens would after they were committed, and a kernel that
+rounds in between, or sums in blocks, lets that show in the last bits. Here every number is the same wherever a
+row or column lies: scores are float32 products of one row with one column each, sums of exponentials are taken
+in float64, and values are summed column by column, one after the other: what is not visible adds a zero in
+between, which changes nothing.
+
+Shapes: B rows, T nodes, H query heads, K key/value heads, G = H / K, W columns, D head dimension.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME = "medusa_tree"
+
+
+def tree_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Queries [B, H, T, D] over keys and values [B, K, W, D] -> [B, T, H, D].
+
+    Boolean masks [B, 1, T, W] (True: visible) are a tree's; whatever has another mask, or none, is attended to
+    as transformers does with `sdpa`.
+    """
+    if attention_mask is None or attention_mask.dtype is not torch.bool:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    batch, heads, nodes, size = query.shape
+    groups = heads // key.shape[1]
+    scale = size**-0.5 if scaling is None else scaling
+    rows = (query.float() * scale).contiguous().view(batch, key.shape[1], groups * nodes, size)
+    scores = (rows @ key.float().transpose(2, 3)).view(batch, key.shape[1], groups, nodes, -1)
+    scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
+    weights = (scores - scores.amax(dim=-1, keepdim=True)).exp().flatten(2, 3)
+    total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
+    output = (_weighted_sum(weights, value) / total).to(query.dtype).view(batch, heads, nodes, size)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
+    """[B, K, N, W] weights of values [B, K, W, D] -> [B, K, N, D]."""
+    if torch.compiler.is_exporting():
+        # The compiler makes a loop of it: column after column, a vector of D at a time, no product in memory.
+        return (weights[..., None] * value.float()[:, :, None]).sum(dim=-2)
+    return weights.double() @ value.double()  # sums in any order are the same once they are rounded
+
+
+def use_tree_attention(model: PreTrainedModel) -> None:
+    """Have the model's layers attend through `tree_attention`. Raises `ValueError` if they cannot."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, tree_attention)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
+    if model.config._attn_implementation not in ("sdpa", NAME):
+        raise ValueError(f"its attention is {model.config._attn_implementation!r}, not 'sdpa'")
+    model.set_attn_implementation(NAME)

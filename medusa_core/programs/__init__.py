@@ -1,0 +1,1 @@
+"""Parts of a step as modules of tensors, which run as they are or compiled ahead of time (AOTInductor)."""

@@ -1,0 +1,31 @@
+"""A compiled program, loaded: called like the module that it was made from."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from medusa_core.programs.compiler import LITERALS, PACKAGE
+from medusa_core.programs.program import Argument, Program, constants_of, flatten
+
+
+class CompiledProgram:
+    """Runs a library with the weights of a live module, which stay where they are."""
+
+    def __init__(self, folder: Path, program: Program) -> None:
+        """Raises `RuntimeError` if the library does not fit the module or cannot be loaded."""
+        constants = constants_of(program) | load_file(str(folder / LITERALS))
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
+            str(folder / PACKAGE), "model", False, 1, -1
+        )
+        names = self._loader.get_constant_fqns()
+        unknown = [name for name in names if name not in constants]
+        if unknown:
+            raise RuntimeError(f"the compiled program wants {', '.join(unknown[:3])}, which the module lacks")
+        # Kept, as the library only points at them.
+        self._constants = {name: constants[name] for name in names}
+        self._loader.load_constants(self._constants, False, False, True)
+
+    def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
+        return tuple(self._loader.boxed_run(flatten(arguments)))

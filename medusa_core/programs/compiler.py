@@ -1,0 +1,69 @@
+"""Compiles a program ahead of time, for any weights of the same shapes: they are handed over when it is loaded.
+
+torch.export traces it, AOTInductor makes C++ of it, and a C++ compiler a library. Takes tens of seconds.
+"""
+
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from medusa_core.programs.program import Program, constants_of
+
+logger = logging.getLogger(__name__)
+
+PACKAGE, LITERALS = "program.pt2", "literals.safetensors"
+OPTIONS: dict[str, Any] = {
+    "aot_inductor.package_constants_in_so": False,
+    "size_asserts": False,  # packed weights have no strides to assert
+    "compile_threads": 1,
+}
+
+
+def missing_compiler() -> str | None:
+    """Why nothing can be compiled here; None if a C++ compiler is found."""
+    from torch._inductor.cpp_builder import get_cpp_compiler  # imports much of the compiler
+
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        return f"no C++ compiler ({str(error).splitlines()[0]})"
+    return None
+
+
+def compile_program(program: Program, folder: Path) -> None:
+    """Write the compiled program into `folder`, which appears whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
+        temporary = Path(name) / "program"
+        temporary.mkdir()
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of its own parts
+            _compile(program, temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            if not (folder / PACKAGE).exists():
+                raise
+
+
+def _compile(program: Program, folder: Path) -> None:
+    traced = torch.export.export(
+        program,
+        program.example(),
+        dynamic_shapes=program.sizes(),
+        strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,
+    )
+    torch._inductor.aoti_compile_and_package(  # type: ignore[attr-defined]
+        traced, package_path=str(folder / PACKAGE), inductor_configs=OPTIONS
+    )
+    known = constants_of(program)
+    literals = {
+        name: value.detach().clone() for name, value in traced.constants.items() if name not in known
+    }
+    save_file(literals, str(folder / LITERALS))

@@ -1,0 +1,44 @@
+"""What a compiled part of a step is made from: a module of tensors in and tensors out."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+Argument = Tensor | Sequence[Tensor]
+
+
+class Program(nn.Module):
+    """A module whose `forward` takes tensors, or lists of them, and decides nothing on the host.
+
+    Weights are its parameters and buffers; what it changes in place are arguments, caches for instance.
+    """
+
+    def example(self) -> tuple[Argument, ...]:
+        """Arguments of allowed sizes to trace with."""
+        raise NotImplementedError
+
+    def sizes(self) -> tuple[Any, ...]:
+        """For each argument which dimensions vary: {dimension: `torch.export.Dim`}, or None; a list for a list."""
+        return tuple(
+            None if isinstance(argument, Tensor) else [None] * len(argument) for argument in self.example()
+        )
+
+
+def flatten(arguments: Sequence[Argument]) -> list[Tensor]:
+    """Lists taken apart, in order: how a compiled program is called."""
+    flat: list[Tensor] = []
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            flat.append(argument)
+        else:
+            flat += argument
+    return flat
+
+
+def constants_of(program: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by its full name; what has several names is under each of them."""
+    named = (program.named_parameters, program.named_buffers)
+    return {name: tensor.detach() for each in named for name, tensor in each(remove_duplicate=False)}
+
+
