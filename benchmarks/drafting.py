@@ -12,10 +12,10 @@ from typing import Annotated
 
 import typer
 
-from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.draft import coupling
 from medusa_core.engine.engine import Engine
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 

@@ -21,12 +21,12 @@ import torch
 import typer
 from transformers import PreTrainedModel
 
-from medusa_core.benchmark.bench import machine_facts
 from medusa_core.benchmark.compare import decision_margin
 from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.loading.loader import load_parts
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import load_prompts
 

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medusa_core.benchmark import report
-from medusa_core.benchmark.bench import fitting_prompts, machine_facts
+from medusa_core.benchmark.bench import fitting_prompts
 from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
 from medusa_core.benchmark.inflate import inflate_model
 from medusa_core.benchmark.inflated import SHAPES, inflate_heads
@@ -39,6 +39,7 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.loading.devices import resolve_device, resolve_dtype
 from medusa_core.loading.loader import load_parts
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 

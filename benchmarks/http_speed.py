@@ -22,10 +22,11 @@ from typing import Annotated
 import httpx
 import typer
 
-from medusa_core.benchmark.bench import engine_facts, fitting_prompts, machine_facts
+from medusa_core.benchmark.bench import engine_facts, fitting_prompts
 from medusa_core.benchmark.runs import Run, engine_runner
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import SamplingParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL
 from medusa_core.files import read_json
+from medusa_core.machine import machine_facts
 from medusa_core.model.backbone import load_backbone
 from medusa_core.text.tokenizer import load_chat_tokenizer
 from medusa_core.training.data import load_examples

@@ -27,8 +27,8 @@ from http_speed import running_server
 from ray_cluster import Cluster, Replica, local_cluster
 from ray_load import NUM_VARIANTS, Load, Outcome
 
-from medusa_core.benchmark.bench import machine_facts
 from medusa_core.config import EMBEDDED_MODEL
+from medusa_core.machine import machine_facts
 
 RECOVERY_BATCHES = 40
 LOG_SECONDS = 1.0  # until the last accesses are in Ray's logs

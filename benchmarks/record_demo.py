@@ -17,9 +17,9 @@ import typer
 from pictures.terminal import draw
 
 from medusa_core import Engine, EngineConfig, SamplingParams, SpeculationMode, SpeculationParams
-from medusa_core.benchmark.bench import machine_facts
 from medusa_core.benchmark.inflated import SHAPES, inflated_engine
 from medusa_core.config import EMBEDDED_MODEL
+from medusa_core.machine import machine_facts
 
 ROOT = Path(__file__).parents[1]
 QUESTIONS = (

@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import typer
 
 from medusa_core.benchmark import report
-from medusa_core.benchmark.bench import fitting_prompts, machine_facts, run_bench
+from medusa_core.benchmark.bench import fitting_prompts, run_bench
 from medusa_core.benchmark.compare import Variant, interleave
 from medusa_core.benchmark.inflated import SHAPES, inflated_engine
 from medusa_core.benchmark.runs import engine_runner
 from medusa_core.benchmark.settings import BenchSettings
 from medusa_core.config import EMBEDDED_MODEL, EngineConfig
 from medusa_core.engine.engine import Engine
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import SpeculationParams
 from medusa_core.text.prompts import DEFAULT_PROMPTS, Prompt, load_prompts
 

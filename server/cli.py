@@ -1,6 +1,7 @@
 """The console script `medusa`: the core's commands, and `serve`."""
 
 import logging
+import os
 from enum import StrEnum
 from inspect import Parameter
 from typing import Annotated, Any, get_args
@@ -60,6 +61,8 @@ def _metavar(annotation: Any) -> str:
 def serve(settings: Annotated[Settings, settings_options()]) -> None:
     """Serve a model over the OpenAI API. Flags override MEDUSA_… environment variables."""
     configure_logging(settings.log_level, settings.log_format)
+    if settings.cache_dir is not None:
+        os.environ[f"{PREFIX}CACHE_DIR"] = str(settings.cache_dir)  # where workers look, told by flag or not
     for name in unknown_variables():
         logger.warning("%s is set, but there is no such setting", name)
     # Only here: the other commands should not load a web framework.

@@ -76,6 +76,8 @@ class Settings(BaseSettings):
     """Time steps at start to choose the tree and estimate the speedup."""
     memory_check: bool = True
     """Refuse to load a model that does not fit the device's free memory."""
+    cache_dir: Path | None = None
+    """Folder that keeps measured step times and the like between starts; default: medusa in ~/.cache."""
     speculation: SpeculationMode = SpeculationMode.EXACT
     """Mode of requests that name none. 'typical' is not lossless."""
     speculation_source: DraftSourceName = DraftSourceName.HEADS

@@ -1,9 +1,12 @@
 """Small seeded models and tokenizers shared by every test, in the layouts real repositories have."""
 
+import atexit
 import contextlib
 import json
 import os
+import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +17,11 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Nothing of the user's cache is read or written, by servers that tests start either; one for all processes.
+os.environ.pop("MEDUSA_CACHE_DIR", None)
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-tests-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import pytest
 import sentencepiece

@@ -1,14 +1,8 @@
 """`medusa bench`: runs an engine with and without speculation on prompts and reports figures."""
 
-import os
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from medusa_core.benchmark import report
 from medusa_core.benchmark.compare import Variant, compare_tokens, interleave
@@ -16,6 +10,7 @@ from medusa_core.benchmark.runs import engine_runner, hf_runner
 from medusa_core.benchmark.settings import BenchSettings
 from medusa_core.engine.engine import Engine
 from medusa_core.errors import ConfigError, DataError, TokenizerError
+from medusa_core.machine import machine_facts
 from medusa_core.sampling_params import SpeculationParams
 from medusa_core.text.prompts import Prompt
 
@@ -96,23 +91,3 @@ def engine_facts(engine: Engine) -> dict[str, Any]:
     """The measured engine, for reports."""
     names = ("model", "heads", "num_heads", "parameters", "dtype", "device")
     return {name: getattr(engine.info, name) for name in names}
-
-
-def machine_facts() -> dict[str, Any]:
-    """The machine and versions of a measurement, for reports."""
-    return {
-        "machine": _cpu_name(),
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
-
-
-def _cpu_name() -> str:
-    """The processor's name on Linux, else the architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())

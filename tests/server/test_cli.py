@@ -1,6 +1,7 @@
 """`medusa serve` on the command line, without starting anything."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -60,6 +61,15 @@ def test_flags_and_variables_reach_the_server(monkeypatch, logging_restored):
     assert result.exit_code == 0, result.output
     [settings] = seen
     assert (settings.port, settings.queue_limit, settings.slots) == (0, 7, 3)
+
+
+@pytest.mark.parametrize("flags", [["--cache-dir", "/tmp/named"], []])
+def test_the_cache_folder_reaches_worker_processes(monkeypatch, logging_restored, flags):
+    seen = []
+    monkeypatch.setenv("MEDUSA_CACHE_DIR", "/tmp/of-the-environment")
+    monkeypatch.setattr(listener, "serve", lambda settings: seen.append(os.environ["MEDUSA_CACHE_DIR"]))
+    assert CliRunner().invoke(app, ["serve", *flags]).exit_code == 0
+    assert seen == [flags[1] if flags else "/tmp/of-the-environment"]
 
 
 def test_errors_are_for_the_wrapper_of_the_core():
