@@ -43,6 +43,10 @@ class VerifyProgram(Program):
         self.model: Any = model
         self._facts = facts
 
+    def facts(self) -> object:
+        """The model's config besides."""
+        return (self._facts, self.model.config.to_json_string(use_diff=False))
+
     def example(self) -> tuple[Argument, ...]:
         """One row of 16 nodes in one of two slots."""
         shape, nodes = self._facts.cache, 16

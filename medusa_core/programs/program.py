@@ -14,6 +14,10 @@ class Program(nn.Module):
     Weights are its parameters and buffers; what it changes in place are arguments, caches for instance.
     """
 
+    def facts(self) -> object:
+        """What besides weights, arguments and code decides what it computes; its `repr` must tell."""
+        return None
+
     def example(self) -> tuple[Argument, ...]:
         """Arguments of allowed sizes to trace with."""
         raise NotImplementedError

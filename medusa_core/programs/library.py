@@ -1,0 +1,64 @@
+"""Where compiled programs come from: a folder on disk, in which they are looked up by what they are made of."""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from medusa_core.disk_cache import cache_folder
+from medusa_core.programs.compiled import CompiledProgram
+from medusa_core.programs.compiler import compile_program, missing_compiler
+from medusa_core.programs.program import Program
+from medusa_core.programs.skeleton import program_key, skeleton_of
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "programs"
+Run = Callable[..., tuple[Tensor, ...]]
+"""A program to call: the module itself, or compiled."""
+
+
+class ProgramLibrary:
+    """Compiled programs of this machine. `folder` None: there is nowhere to keep them."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        base = folder or cache_folder()
+        self._folder = None if base is None else base / FOLDER
+
+    def find(self, program: Program) -> CompiledProgram | None:
+        """The compiled program, with the weights that the module has now; None if there is none that fits."""
+        folder = self._place(program)
+        if folder is None or not folder.exists():
+            return None
+        try:
+            return CompiledProgram(folder, program)
+        except (RuntimeError, OSError, ValueError) as error:
+            logger.warning("a compiled program is discarded: %s", error)
+            shutil.rmtree(folder, ignore_errors=True)
+            return None
+
+    def has(self, program: Program) -> bool:
+        """Whether it was compiled, by this process or another."""
+        folder = self._place(program)
+        return folder is not None and folder.exists()
+
+    def add(self, program: Program) -> None:
+        """Compile it, unless it is there. Raises `RuntimeError` where that cannot be done, and says why."""
+        folder = self._place(program)
+        if folder is None:
+            raise RuntimeError("there is no folder that can be written: MEDUSA_CACHE_DIR can name one")
+        if folder.exists():
+            return
+        reason = missing_compiler()
+        if reason is not None:
+            raise RuntimeError(reason)
+        try:
+            compile_program(skeleton_of(program), folder)
+        except Exception as error:  # the compiler's failures are of any type
+            raise RuntimeError(f"{type(program).__name__}: {type(error).__name__}: {error}") from error
+
+    def _place(self, program: Program) -> Path | None:
+        return None if self._folder is None else self._folder / program_key(program)
+
