@@ -14,8 +14,8 @@ from torch import Tensor
 class Accepted:
     """The accepted path per slot.
 
-    `path_BD` [B, D+1]: node indices, root first, meaningless beyond `count_B` drafts. `leaf_B`: last node of
-    the path. `count_B`: accepted drafts a, 0..D.
+    `path_BD` [B, D+1]: node indices, root first; beyond `count_B` drafts the root again. `leaf_B`: last node
+    of the path. `count_B`: accepted drafts a, 0..D.
     """
 
     path_BD: Tensor
@@ -62,7 +62,7 @@ def longest_path(
     """The deepest node all of whose path is acceptable; ties by the path's summed `tie_score_BT`, then
     first.
     """
-    reached = (acceptable_BT[:, None, :] | ~ancestors_BTT).all(dim=-1)
+    reached = (acceptable_BT[:, None, :] >= ancestors_BTT).all(dim=-1)
     reached_depth = torch.where(reached, depths_BT, -1)
     if tie_score_BT is None:
         leaf = reached_depth.argmax(dim=1)
@@ -70,9 +70,10 @@ def longest_path(
         sums = torch.where(ancestors_BTT, tie_score_BT[:, None, :], 0.0).sum(dim=-1)
         deepest = reached_depth == reached_depth.max(dim=1, keepdim=True).values
         leaf = torch.where(deepest, sums, -torch.inf).argmax(dim=1)
-    index = leaf[:, None]
-    count = depths_BT.gather(1, index)[:, 0]
-    on_path = ancestors_BTT.gather(1, index[:, :, None].expand(-1, 1, ancestors_BTT.shape[2]))[:, 0]
-    # Nodes on one path have distinct depths 0..a: ordering by depth puts them first.
-    path = torch.where(on_path, depths_BT, max_depth + 1).argsort(dim=1, stable=True)[:, : max_depth + 1]
-    return Accepted(path, leaf, count)
+    rows, size = depths_BT.shape
+    on_path = ancestors_BTT[torch.arange(rows, device=leaf.device), leaf]
+    # Nodes on one path have distinct depths 0..a, which are their places; all others share one that is cut.
+    places_BT = torch.where(on_path, depths_BT, max_depth + 1)
+    nodes_BT = torch.arange(size, device=leaf.device).expand(rows, -1)
+    path = leaf.new_zeros(rows, max_depth + 2).scatter_(1, places_BT, nodes_BT)[:, :-1]
+    return Accepted(path, leaf, depths_BT.gather(1, leaf[:, None])[:, 0])

@@ -3,9 +3,10 @@
 Why a seam: everything below the engine sees rows of a batch, each with its own length, root, parameters, seed
 and tree, and no slot of its own choosing. One sequence is a batch of one.
 
-Shapes: B rows, P positions that a step can decide, V vocabulary.
+Shapes: B rows, D depth of the deepest tree, P positions that a step can decide, V vocabulary.
 """
 
+import struct
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 
@@ -13,17 +14,20 @@ import torch
 from torch import Tensor
 
 from medusa_core.engine.logits_processors import LogitsChain
-from medusa_core.engine.sampling import Noise, noise_key
+from medusa_core.engine.sampling import Noise, noise_keys
 from medusa_core.engine.sequence import Sequence
 from medusa_core.sampling_params import SamplingParams
+
+_NOT_OFF = 1.0 - 2.0**-24  # the greatest float32 below 1: a top_p closer to 1 must not become 1, which is off
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Rows of a step. `histories`: each row's tokens, the root last; `nodes`: the budget of its tree.
 
-    `slots_B`, `lengths_B` (committed tokens n) and `roots_B` are on the device. `noise`: what the tokens from
-    position n + 1 on are drawn with; None if all rows are greedy.
+    Tensors are on the device: `slots_B`, `lengths_B` (committed tokens n), `roots_B`, `places_D` (0..D).
+    `sampling_B4`: temperature, top_k, top_p, min_p as float32, 0, 0, 1, 0 for a greedy row; `noise`: what the
+    tokens from position n + 1 on are drawn with. Both are None if all rows are greedy.
     """
 
     slots: tuple[int, ...]
@@ -34,6 +38,8 @@ class Batch:
     slots_B: Tensor
     lengths_B: Tensor
     roots_B: Tensor
+    places_D: Tensor
+    sampling_B4: Tensor | None
     noise: Noise | None
 
     def draft_noise(self, depth: int) -> Tensor | None:
@@ -50,8 +56,7 @@ def make_batch(
 ) -> Batch:
     """Gather sequences whose trees are at most `depth` deep; one copy to the device of `vocabulary_V`."""
     sampled = any(not sequence.params.is_greedy for sequence in sequences)
-    keys = depth + 1 if sampled else 0
-    rows = [[s.slot, s.num_cached, s.root, *_noise_keys(s, keys)] for s in sequences]
+    rows = [_greedy_row(s) + _sampling_row(s, depth + 1) if sampled else _greedy_row(s) for s in sequences]
     packed = torch.tensor(rows, device=vocabulary_V.device)
     return Batch(
         slots=tuple(sequence.slot for sequence in sequences),
@@ -62,13 +67,26 @@ def make_batch(
         slots_B=packed[:, 0],
         lengths_B=packed[:, 1],
         roots_B=packed[:, 2],
-        noise=Noise(packed[:, 3:], vocabulary_V) if sampled else None,
+        places_D=vocabulary_V[: depth + 1],
+        sampling_B4=packed[:, 3:5].view(torch.float32) if sampled else None,
+        noise=Noise(packed[:, 5:], vocabulary_V) if sampled else None,
     )
 
 
-def _noise_keys(sequence: Sequence, count: int) -> list[int]:
-    """The root stands at position n: the next undecided one is n + 1."""
-    if sequence.params.is_greedy:
-        return [0] * count
-    first = sequence.num_cached + 1
-    return [noise_key(sequence.request.seed, position) for position in range(first, first + count)]
+def _greedy_row(sequence: Sequence) -> list[int]:
+    return [sequence.slot, sequence.num_cached, sequence.root]
+
+
+def _sampling_row(sequence: Sequence, count: int) -> list[int]:
+    """Four float32 in the bits of two integers, and `count` noise keys."""
+    params = sequence.params
+    if params.is_greedy:
+        return [*_as_integers(0.0, 0.0, 1.0, 0.0), *[0] * count]
+    top_p = params.top_p if params.top_p == 1.0 else min(params.top_p, _NOT_OFF)
+    first = sequence.num_cached + 1  # the root stands at position n
+    keys = noise_keys(sequence.request.seed, range(first, first + count))
+    return [*_as_integers(params.temperature, params.top_k, top_p, params.min_p), *keys]
+
+
+def _as_integers(*values: float) -> tuple[int, ...]:
+    return struct.unpack("=2q", struct.pack("=4f", *values))

@@ -185,6 +185,25 @@ class LogitsChain:
         return kept
 
 
+def surely_kept(logits_BNV: Tensor, tokens_BN: Tensor, sampling_B4: Tensor) -> Tensor:
+    """`surely_keeps` of all filters at once [B, N].
+
+    `sampling_B4`: temperature, top_k, top_p, min_p of each row; True where they are off (0, 0, 1, 0). Right
+    for any of them together but top-p after top-k, which renormalizes what top-k left.
+    """
+    temperature, top_k, top_p, min_p = (column[:, None] for column in sampling_B4.unbind(1))
+    own_BN1 = logits_BNV.gather(-1, tokens_BN[..., None])
+    in_top_k = (logits_BNV > own_BN1 - ROUNDING).sum(dim=-1) <= top_k
+    warm_B11 = torch.where(temperature > 0, temperature, 1.0)[..., None]
+    scaled_BNV, own_BN1 = logits_BNV / warm_B11, own_BN1 / warm_B11
+    best_BN1 = scaled_BNV.amax(dim=-1, keepdim=True)
+    weights_BNV = (scaled_BNV - best_BN1).exp()
+    mass_above = torch.where(scaled_BNV > own_BN1, weights_BNV, 0.0).sum(dim=-1) / weights_BNV.sum(dim=-1)
+    in_top_p = mass_above < top_p - ROUNDING
+    in_min_p = (own_BN1 > best_BN1 + min_p.log()[..., None] + ROUNDING)[..., 0]
+    return (in_top_k | (top_k == 0)) & (in_top_p | (top_p == 1)) & (in_min_p | (min_p == 0))
+
+
 def _apply(processors: Sequence[LogitsProcessor], logits_NV: Tensor, paths: NodePaths) -> Tensor:
     for processor in processors:
         logits_NV = processor.process(logits_NV, paths)

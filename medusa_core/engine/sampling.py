@@ -6,7 +6,7 @@ softmax(l'/T)). The noise is a hash of (s, p, v), so the draw does not depend on
 vocabulary padding. Shapes: N rows (tree nodes), P positions, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,19 +29,20 @@ def _splitmix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def noise_key(seed: int, position: int) -> int:
-    """The generator's state for one position of one request, as torch's int64 holds it."""
-    return _signed(_splitmix(_splitmix((seed + _GOLDEN) & _MASK64) + position * _GOLDEN & _MASK64))
+def noise_keys(seed: int, positions: Iterable[int]) -> list[int]:
+    """The generator's states for positions of one request, as torch's int64 holds them."""
+    stream = _splitmix((seed + _GOLDEN) & _MASK64)
+    return [_signed(_splitmix(stream + position * _GOLDEN & _MASK64)) for position in positions]
 
 
-def gumbel_noise(seed: int, positions: Sequence[int], token_ids_V: Tensor) -> Tensor:
+def gumbel_noise(seed: int, positions: Iterable[int], token_ids_V: Tensor) -> Tensor:
     """Standard Gumbel noise [P, V] of float32 for each position and token id (int64)."""
-    keys = torch.tensor([noise_key(seed, position) for position in positions], device=token_ids_V.device)
+    keys = torch.tensor(noise_keys(seed, positions), device=token_ids_V.device)
     return noise_of_keys(keys, token_ids_V)
 
 
 def noise_of_keys(keys: Tensor, token_ids_V: Tensor) -> Tensor:
-    """Noise [..., V] for keys [...] of `noise_key`.
+    """Noise [..., V] for keys [...] of `noise_keys`.
 
     A counter-based generator: SplitMix64 over (hash of seed and position) + token * golden ratio. The top 52
     bits give u in (0, 1); logarithms are taken in float64 so that CPU and CUDA agree to float32 rounding.
@@ -57,17 +58,17 @@ def noise_of_keys(keys: Tensor, token_ids_V: Tensor) -> Tensor:
 
 
 class Noise:
-    """The noise of some positions in a row, drawn when it is asked for. `keys_BP`: of `noise_key`."""
+    """The noise of some positions in a row, drawn when it is asked for. `keys_BP`: of `noise_keys`."""
 
     def __init__(self, keys_BP: Tensor, vocabulary_V: Tensor) -> None:
-        self._keys_BP, self._vocabulary_V = keys_BP, vocabulary_V
+        self.keys_BP, self._vocabulary_V = keys_BP, vocabulary_V
         self._rows_BPV: Tensor | None = None
 
     def first(self, count: int) -> Tensor:
         """Of the first `count` positions [B, count, V]; what is drawn once is kept."""
         known = 0 if self._rows_BPV is None else self._rows_BPV.shape[1]
         if count > known:
-            more = noise_of_keys(self._keys_BP[:, known:count], self._vocabulary_V)
+            more = noise_of_keys(self.keys_BP[:, known:count], self._vocabulary_V)
             self._rows_BPV = more if self._rows_BPV is None else torch.cat([self._rows_BPV, more], dim=1)
         assert self._rows_BPV is not None
         return self._rows_BPV[:, :count]

@@ -84,13 +84,8 @@ class KVCache:
         Static in shape: all D rows move, those after the accepted ones for nothing. Lengths do not change:
         `advance` follows when the host knows how many count.
         """
-        if path_BD.shape[1] == 1:
-            return  # the root is in its place
-        source_BD = lengths_B[:, None] + path_BD
-        target_BD = lengths_B[:, None] + torch.arange(path_BD.shape[1], device=path_BD.device)
-        rows_B1 = slots_B[:, None]
-        # Advanced indices on both sides of a slice come first: [B, D, L, 2, H, head dim].
-        self.storage_L2BHCD[:, :, rows_B1, :, target_BD] = self.storage_L2BHCD[:, :, rows_B1, :, source_BD]
+        if path_BD.shape[1] > 1:  # else the root is in its place
+            move_rows(self.storage_L2BHCD, slots_B, lengths_B, path_BD)
 
     def advance(self, slot: int, count: int) -> None:
         """Commit `count` rows after the slot's own."""
@@ -102,6 +97,15 @@ class KVCache:
         if not 0 <= length <= self.lengths[slot]:
             raise ValueError(f"cannot truncate {self.lengths[slot]} tokens to {length}")
         self.lengths[slot] = length
+
+
+def move_rows(storage_L2BHCD: Tensor, slots_B: Tensor, lengths_B: Tensor, path_BD: Tensor) -> None:
+    """Copy rows n + `path_BD` of each slot to n, n + 1, ...; all are read before the first is written."""
+    source_BD = lengths_B[:, None] + path_BD
+    target_BD = lengths_B[:, None] + torch.arange(path_BD.shape[1], device=path_BD.device)
+    rows_B1 = slots_B[:, None]
+    # Advanced indices on both sides of a slice come first: [B, D, L, 2, H, head dim].
+    storage_L2BHCD[:, :, rows_B1, :, target_BD] = storage_L2BHCD[:, :, rows_B1, :, source_BD]
 
 
 class RowsLayer(CacheLayerMixin):
