@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from medusa_core.draft.coupling import couple
+from medusa_core.draft.coupling import DrawNoise, couple
 from medusa_core.draft.heads import DraftHeads, ParallelHeads, SequentialHeads
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason
@@ -114,11 +114,9 @@ def _coupled(
     count, num_heads = logits_NKV.shape[:2]
     token_ids = torch.arange(vocab_size, device=logits_NKV.device)
     noise = gumbel_noise(params.known_seed, range(start + 2, start + 1 + count + num_heads), token_ids)
-    rows = [
-        couple(row[None], params.temperature, noise[None, place : place + num_heads], heads.token_map)[0]
-        for place, row in enumerate(logits_NKV)
-    ]
-    return torch.stack(rows)
+    noise_NKV = noise.unfold(0, num_heads, 1).transpose(1, 2)  # each position's own K rows
+    temperature = torch.tensor([params.temperature], device=logits_NKV.device)
+    return couple(logits_NKV, DrawNoise(temperature, noise_NKV), heads.token_map)
 
 
 def _rows(heads: DraftHeads, targets_NK: Tensor, vocab_size: int) -> Tensor:

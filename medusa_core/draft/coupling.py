@@ -19,20 +19,33 @@ from medusa_core.draft.heads import SequentialHeads
 NOISE_WEIGHT = 0.8
 
 
-def couple(
-    logits_BKV: Tensor, temperature: float, noise_BPV: Tensor | None, token_map_V: Tensor | None = None
-) -> Tensor:
-    """Scores that guess the target's seeded draw; the logits themselves at temperature 0.
+@dataclass(frozen=True, slots=True)
+class DrawNoise:
+    """What the target will draw with: `noise_BPV` has a row per depth and a column per token of the backbone.
 
-    The noise has a row per depth, or one for all K, and a column per token of the backbone's vocabulary, of
-    which the heads know those in `token_map_V`, or the first.
+    `temperatures_B`: of sampling; 0 leaves a row's scores as they are. One row of either may stand for all B.
+    """
+
+    temperatures_B: Tensor
+    noise_BPV: Tensor
+
+    def at(self, level: int) -> "DrawNoise":
+        """Of one level only."""
+        return DrawNoise(self.temperatures_B, self.noise_BPV[:, level : level + 1])
+
+
+def couple(logits_BKV: Tensor, noise: DrawNoise | None, token_map_V: Tensor | None = None) -> Tensor:
+    """Scores that guess the target's seeded draw, float32; the logits themselves without noise.
+
+    The noise has a row per head, or one for all K. The heads know the backbone's tokens in `token_map_V`, or
+    the first.
     """
     logits = logits_BKV.float()
-    if temperature == 0.0 or noise_BPV is None:
+    if noise is None:
         return logits
-    noise = noise_BPV[:, : logits.shape[1]]
-    noise = noise[..., : logits.shape[2]] if token_map_V is None else noise[..., token_map_V]
-    return logits + NOISE_WEIGHT * temperature * noise
+    noise_BKV = noise.noise_BPV[:, : logits.shape[1]]
+    noise_BKV = noise_BKV[..., : logits.shape[2]] if token_map_V is None else noise_BKV[..., token_map_V]
+    return logits + NOISE_WEIGHT * noise.temperatures_B[:, None, None] * noise_BKV
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +54,12 @@ class LevelScores:
 
     heads: SequentialHeads
     hidden_BE: Tensor
-    temperature: float
-    noise_BPV: Tensor | None
+    noise: DrawNoise | None
 
     def score(self, level: int, paths_BNJ: Tensor) -> Tensor:
         """Float32 [B, N, V] of the tokens after each path (ids, the root first, J = level + 1)."""
         logits = self.heads.level_logits(level, self.hidden_BE, paths_BNJ)
-        noise = None if self.noise_BPV is None else self.noise_BPV[:, level : level + 1]
-        return couple(logits, self.temperature, noise, self.heads.token_map)
+        return couple(logits, None if self.noise is None else self.noise.at(level), self.heads.token_map)
 
     def token_ids(self, rows: Tensor) -> Tensor:
         """Token ids of rows of the logits."""

@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+TreeTensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""tokens_BT, depths_BT, parents_BT, ancestors_BTT and origins_BT of a `DraftTree`."""
+
 
 class Origin(IntEnum):
     """Who decided or drafted a token; the root and whatever pads a tree are the model's own."""

@@ -1,9 +1,12 @@
 """What Medusa and Hydra heads share: residual blocks stacked over the heads, and their output layers.
 
+For training and in files weights are stacked, so that one product serves all heads. To serve on a CPU they
+are packed layer by layer.
+
 Shapes: K heads, N rows, U new tokens, E hidden size, V output rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +14,32 @@ from torch.nn import functional
 
 from medusa_core.draft.heads import last_of_each
 from medusa_core.model.kv_cache import CacheRows, CacheShape
+from medusa_core.model.packed import PackedLinear
+
+
+class PackedHead(nn.Module):
+    """One head's layers; `first`, if its kind has one, is a `gated` block before the residual ones."""
+
+    def __init__(self, first: PackedLinear | None, blocks: list[PackedLinear], output: PackedLinear) -> None:
+        super().__init__()
+        self.first, self.blocks, self.output = first, nn.ModuleList(blocks), output
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Inputs of the head's first layer -> logits [..., V]."""
+        if self.first is not None:
+            rows = gated(self.first(rows))
+        for block in self.blocks:
+            rows = rows + functional.silu(block(rows))
+        logits: Tensor = self.output(rows)
+        return logits
 
 
 class HeadStack(nn.Module):
     """K heads with residual blocks x + SiLU(W x + b), each [K, E, E], and an output layer per head, or one.
 
     `output_KVE` is a parameter [K, V, E], or None where the heads share `shared_output_VE`, the backbone's
-    own output layer: a buffer that is neither trained nor saved. `token_map_V`: the token ids of the output
-    rows (reduced draft vocabulary); None: rows 0..V-1 are tokens 0..V-1.
+    own output layer (`is_shared`): a buffer that is neither trained nor saved. `token_map_V`: the token ids
+    of the output rows (reduced draft vocabulary); None: rows 0..V-1 are tokens 0..V-1.
     """
 
     num_first = 0  # layers of a kind's own before the residual blocks
@@ -57,16 +78,18 @@ class HeadStack(nn.Module):
             shared = output_rows(shared_output, vocab_size, token_map).to(device, dtype)
         self.register_buffer("shared_output_VE", shared, persistent=False)
         self.output_KVE = zeros(num_heads, vocab_size, hidden_size) if shared is None else None
+        self.is_shared = shared is not None
+        self.packed = nn.ModuleList()  # a `PackedHead` each, once packed
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and logits."""
+        return next(self.parameters()).dtype
 
     @property
     def token_map(self) -> Tensor | None:
         """Token id [V] of each output row; None: they are the same."""
         return self.token_map_V
-
-    @property
-    def is_shared(self) -> bool:
-        """Whether the output layer is the backbone's."""
-        return self.output_KVE is None
 
     @property
     def cache_shape(self) -> CacheShape | None:
@@ -98,6 +121,35 @@ class HeadStack(nn.Module):
         assert self.shared_output_VE is not None
         return self.shared_output_VE
 
+    def pack(self, *, pack: bool = True, shared_output: PackedLinear | None = None) -> None:
+        """Replace all weights by `PackedLinear`s, to serve on a CPU: such heads neither train nor are saved.
+
+        `pack` False: for the structure only. `shared_output`: the backbone's packed output layer, in place of
+        a copy, where it has just the rows that these heads share.
+        """
+        packed = nn.ModuleList(self._packed_heads(shared_output))
+        for layer in packed.modules():
+            if pack and isinstance(layer, PackedLinear):
+                layer.pack()
+        self.packed = packed
+        self.block_weights, self.block_biases = nn.ParameterList(), nn.ParameterList()
+        self.output_KVE = self.shared_output_VE = None
+
+    def _packed_heads(self, shared_output: PackedLinear | None) -> Iterator[PackedHead]:
+        if self.is_shared and shared_output is None:
+            shared_output = PackedLinear(self.output_weight(0))
+        layers = list(zip(self.block_weights, self.block_biases, strict=True))
+        for head in range(self.num_heads):
+            blocks = [PackedLinear(weight[head], bias[head]) for weight, bias in layers]
+            bias_KV = self.output_bias
+            bias_V = None if bias_KV is None else bias_KV[head]
+            output = shared_output or PackedLinear(self.output_weight(head), bias_V)
+            yield PackedHead(self._packed_first(head), blocks, output)
+
+    def _packed_first(self, head: int) -> PackedLinear | None:
+        """Of the block of a kind's own before the residual ones, if there is one."""
+        return None
+
     def start_from(self, output_VE: Tensor) -> None:
         """Make every output layer of the heads' own a copy of the backbone's rows."""
         if self.output_KVE is not None:
@@ -112,6 +164,12 @@ class HeadStack(nn.Module):
             inner = torch.baddbmm(bias[:, None], inputs, weight.transpose(1, 2))
             rows_KNE = rows_KNE + functional.silu(inner)
         return rows_KNE
+
+
+def gated(both: Tensor) -> Tensor:
+    """R x + SiLU(W x) of a product [..., 2E], in which W x stands before R x."""
+    inner, through = both.chunk(2, dim=-1)
+    return through + functional.silu(inner)
 
 
 def output_rows(lm_head_weight: Tensor, vocab_size: int, token_map: Tensor | None) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from medusa_core.draft.head_stack import HeadStack, initial_rows
+from medusa_core.draft.head_stack import HeadStack, gated, initial_rows
 from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.prefix import PrefixLayer
 from medusa_core.model.kv_cache import CacheRows, CacheShape
+from medusa_core.model.packed import PackedLinear, pack_linears
 
 Embed = Callable[[Tensor], Tensor]
 """Token ids [...] -> embeddings [..., E], as the backbone's own embedding module gives them."""
@@ -59,8 +60,8 @@ class HydraHeads(HeadStack):
             **asdict(shape), shared_output=shared_output, token_map=token_map, dtype=dtype, device=device
         )
         self.shape = shape
-        # A method: the module itself would become a part of this one, and be trained and saved along.
-        self._embed = embed.forward if isinstance(embed, nn.Module) else embed
+        # In a tuple: the module itself would become a part of this one, and be trained and saved along.
+        self._borrowed = (embed,)
         self.prefix = prefix
         self.dropout = dropout
 
@@ -106,6 +107,12 @@ class HydraHeads(HeadStack):
         return heads
 
     @property
+    def embed_module(self) -> nn.Module | None:
+        """The backbone's embedding, if it is a module."""
+        embed = self._borrowed[0]
+        return embed if isinstance(embed, nn.Module) else None
+
+    @property
     def cache_shape(self) -> CacheShape | None:
         """Keys and values of the prefix layer."""
         return None if self.prefix is None else self.prefix.cache_shape
@@ -115,20 +122,22 @@ class HydraHeads(HeadStack):
         """What the next drafts come from [B, E], after so many more committed tokens in each row."""
         if self.prefix is not None:
             assert cache is not None
-            hidden_BUE = self.prefix.read(hidden_BUE.to(self._dtype), counts, cache)
+            hidden_BUE = self.prefix.read(hidden_BUE.to(self.dtype), counts, cache)
         return last_of_each(hidden_BUE, counts)
 
     @torch.inference_mode()
     def contextualize(self, hidden_BSE: Tensor) -> Tensor:
         """What `read` would have returned at every position of whole sequences."""
-        return hidden_BSE if self.prefix is None else self.prefix(hidden_BSE.to(self._dtype))
+        return hidden_BSE if self.prefix is None else self.prefix(hidden_BSE.to(self.dtype))
 
-    @torch.inference_mode()
     def level_logits(self, level: int, hidden_BE: Tensor, paths_BNJ: Tensor) -> Tensor:
         """Logits [B, N, V] of head `level` after each of N paths (root first, J = level + 1 token ids)."""
-        embedded_BNX = self._embed(paths_BNJ).to(self._dtype).flatten(2)
-        hidden_BNE = hidden_BE.to(self._dtype)[:, None].expand(-1, paths_BNJ.shape[1], -1)
-        features = self._first(level, torch.cat([hidden_BNE, embedded_BNX], dim=-1))
+        embedded_BNX = self._embed(paths_BNJ).to(self.dtype).flatten(2)
+        hidden_BNE = hidden_BE.to(self.dtype)[:, None].expand(-1, paths_BNJ.shape[1], -1)
+        inputs = torch.cat([hidden_BNE, embedded_BNX], dim=-1)
+        if self.packed:
+            return self.packed[level](inputs)
+        features = self._first(level, inputs)
         for weight, bias in zip(self.block_weights, self.block_biases, strict=True):
             features = features + functional.silu(functional.linear(features, weight[level], bias[level]))
         bias_V = None if self.output_bias_KV is None else self.output_bias_KV[level]
@@ -157,15 +166,23 @@ class HydraHeads(HeadStack):
     def output_bias(self) -> Tensor | None:
         return self.output_bias_KV
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return self.first_weights[0].dtype
+    def pack(self, *, pack: bool = True, shared_output: PackedLinear | None = None) -> None:
+        super().pack(pack=pack, shared_output=shared_output)
+        self.first_weights, self.first_biases = nn.ParameterList(), nn.ParameterList()
+        self.output_bias_KV = None
+        if self.prefix is not None:
+            pack_linears(self.prefix, pack=pack)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        return self._borrowed[0](token_ids)
+
+    def _packed_first(self, head: int) -> PackedLinear:
+        return PackedLinear(self.first_weights[head].flatten(0, 1), self.first_biases[head].flatten())
 
     def _first(self, head: int, inputs: Tensor) -> Tensor:
         """The first block: inputs [..., (head+2)E] -> [..., E]. W and R in one product."""
         weight, bias = self.first_weights[head].to(inputs.dtype), self.first_biases[head].to(inputs.dtype)
-        inner, through = functional.linear(inputs, weight.flatten(0, 1), bias.flatten()).chunk(2, dim=-1)
-        return through + functional.silu(inner)
+        return gated(functional.linear(inputs, weight.flatten(0, 1), bias.flatten()))
 
     def _drop(self, rows: Tensor) -> Tensor:
         return functional.dropout(rows, self.dropout, training=self.training) if self.dropout else rows

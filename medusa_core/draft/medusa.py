@@ -49,13 +49,14 @@ class MedusaHeads(HeadStack):
         heads.start_from(rows)
         return heads
 
-    @torch.inference_mode()
     def draft_logits(self, hidden_BE: Tensor) -> Tensor:
         """Logits [B, K, V] from the hidden states [B, E] (after the final norm) that decided the roots.
 
         All heads see the same rows here, so their first blocks are one linear layer of K * E outputs.
         """
-        hidden_BE = hidden_BE.to(self.block_weights[0].dtype)
+        hidden_BE = hidden_BE.to(self.dtype)
+        if self.packed:
+            return torch.stack([head(hidden_BE) for head in self.packed], dim=1)
         weight_KEE, bias_KE = self.block_weights[0], self.block_biases[0]
         inner = functional.linear(hidden_BE, weight_KEE.flatten(0, 1), bias_KE.flatten())
         inner_KBE = inner.unflatten(1, (self.num_heads, self.hidden_size)).transpose(0, 1)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from medusa_core.draft.coupling import NOISE_WEIGHT, couple
+from medusa_core.draft.coupling import NOISE_WEIGHT, DrawNoise, couple
 from medusa_core.draft.draft_tree import DraftTree, root_tree
 from medusa_core.draft.dynamic import DynamicDrafter
 from medusa_core.draft.static import StaticDrafter
@@ -17,6 +17,12 @@ from medusa_core.draft.tree import load_tree, make_tree
 
 CPU = torch.device("cpu")
 TokenPath = tuple[int, ...]
+
+
+def draft(
+    drafter: DynamicDrafter | StaticDrafter, scores_BKV: Tensor, roots_B: Tensor, taus: tuple[float, ...]
+) -> DraftTree:
+    return DraftTree(*drafter(scores_BKV, roots_B, torch.tensor([taus])), drafter.max_depth)
 
 
 def paths_of(tree: DraftTree, row: int = 0) -> list[TokenPath]:
@@ -64,7 +70,7 @@ def test_dynamic_tree_holds_the_likeliest_paths(seed: int) -> None:
     taus = tuple(rng.choice([0.5, 1.0, 2.5]) for _ in range(heads))
     scores = spread * torch.randn(1, heads, vocab, generator=torch.Generator().manual_seed(seed))
     drafter = DynamicDrafter(nodes, heads, vocab, CPU)
-    tree = drafter.draft(scores, torch.tensor([99]), taus)
+    tree = draft(drafter, scores, torch.tensor([99]), taus)
     assert drafter.size == tree.tokens_BT.shape[1] == nodes
     assert tree.tokens_BT[0, 0] == 99
     check_topology(tree)
@@ -74,11 +80,11 @@ def test_dynamic_tree_holds_the_likeliest_paths(seed: int) -> None:
 def test_taus_decide_between_deep_and_wide() -> None:
     scores = torch.tensor([[[4.0, 3.0, 2.0, 1.0]] * 3])
     drafter = DynamicDrafter(4, 3, 4, CPU)
-    sure = drafter.draft(scores, torch.zeros(1, dtype=torch.long), (0.1, 0.1, 0.1))
-    unsure = drafter.draft(scores, torch.zeros(1, dtype=torch.long), (50.0, 50.0, 50.0))
+    sure = draft(drafter, scores, torch.zeros(1, dtype=torch.long), (0.1, 0.1, 0.1))
+    unsure = draft(drafter, scores, torch.zeros(1, dtype=torch.long), (50.0, 50.0, 50.0))
     assert set(paths_of(sure)) == {(0,), (0, 0), (0, 0, 0)}
     assert set(paths_of(unsure)) == {(0,), (1,), (2,)}
-    only_the_first = drafter.draft(scores, torch.zeros(1, dtype=torch.long), (0.1, 50.0, 50.0))
+    only_the_first = draft(drafter, scores, torch.zeros(1, dtype=torch.long), (0.1, 50.0, 50.0))
     assert {len(path) for path in paths_of(only_the_first)} == {1, 2}
 
 
@@ -137,7 +143,7 @@ def test_any_scores_give_a_tree(make_hard: Callable[[Tensor], Tensor], nodes: in
     """Prefix-closed, of the right size, each path once: else a wrong token could be accepted."""
     scores = make_hard(torch.randn(5, 3, 16, generator=torch.Generator().manual_seed(nodes)))
     drafter = DynamicDrafter(nodes, 3, 16, CPU)
-    tree = drafter.draft(scores, torch.arange(5), (0.4, 1.0, 3.0))
+    tree = draft(drafter, scores, torch.arange(5), (0.4, 1.0, 3.0))
     assert tree.tokens_BT.shape == (5, nodes)
     for row in range(5):
         check_topology(tree, row)
@@ -147,7 +153,7 @@ def test_any_scores_give_a_tree(make_hard: Callable[[Tensor], Tensor], nodes: in
 def test_vocabulary_smaller_than_the_tree(nodes: int) -> None:
     drafter = DynamicDrafter(nodes, 4, 5, CPU)
     scores = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(nodes))
-    tree = drafter.draft(scores, torch.tensor([1, 2]), (1.0,) * 4)
+    tree = draft(drafter, scores, torch.tensor([1, 2]), (1.0,) * 4)
     assert tree.tokens_BT.shape[1] == drafter.size == min(nodes, 6)
     assert int(tree.tokens_BT.max()) < 5
     check_topology(tree, 0)
@@ -159,9 +165,9 @@ def test_rows_do_not_see_each_other(dynamic: bool) -> None:
     drafter = DynamicDrafter(24, 4, 50, CPU) if dynamic else StaticDrafter(load_tree("mc_sim_7b_63"), CPU)
     scores = 3 * torch.randn(2, 4, 50, generator=torch.Generator().manual_seed(0))
     taus = (0.7, 0.9, 1.1, 1.3)
-    both = drafter.draft(scores, torch.tensor([7, 8]), taus)
+    both = draft(drafter, scores, torch.tensor([7, 8]), taus)
     for row in range(2):
-        alone = drafter.draft(scores[row : row + 1], torch.tensor([7 + row]), taus)
+        alone = draft(drafter, scores[row : row + 1], torch.tensor([7 + row]), taus)
         assert torch.equal(both.tokens_BT[row], alone.tokens_BT[0])
         assert torch.equal(both.depths_BT[row], alone.depths_BT[0])
         assert torch.equal(both.parents_BT[row], alone.parents_BT[0])
@@ -174,13 +180,13 @@ def test_static_tree_is_filled_by_rank() -> None:
     tree = make_tree("x", [[0], [2], [0, 1], [2, 0], [0, 1, 0]])
     scores = torch.tensor([[[0.1, 0.9, 0.5, 0.4], [1.0, 2.0, 3.0, 4.0], [9.0, 0.0, 0.0, 1.0], [0.0] * 4]])
     drafter = StaticDrafter(tree, CPU)
-    draft = drafter.draft(scores, torch.tensor([42]), ())
+    filled = draft(drafter, scores, torch.tensor([42]), ())
     # Head 1 ranks 1, 2, 3, 0; head 2 ranks 3, 2, 1, 0; head 3 ranks 0 first. The fourth head is not needed.
-    assert draft.tokens_BT.tolist() == [[42, 1, 3, 2, 3, 0]]
-    assert draft.depths_BT.tolist() == [[0, 1, 1, 2, 2, 3]]
-    assert draft.parents_BT.tolist() == [[0, 0, 0, 1, 2, 3]]
-    assert (drafter.size, drafter.max_depth, draft.max_depth) == (6, 3, 3)
-    check_topology(draft)
+    assert filled.tokens_BT.tolist() == [[42, 1, 3, 2, 3, 0]]
+    assert filled.depths_BT.tolist() == [[0, 1, 1, 2, 2, 3]]
+    assert filled.parents_BT.tolist() == [[0, 0, 0, 1, 2, 3]]
+    assert (drafter.size, drafter.max_depth, filled.max_depth) == (6, 3, 3)
+    check_topology(filled)
 
 
 def test_root_tree_is_ordinary_decoding() -> None:
@@ -196,7 +202,7 @@ def test_coupled_scores() -> None:
     noise = torch.randn(
         1, 5, 9, generator=torch.Generator().manual_seed(2)
     )  # more positions, a larger vocabulary
-    assert torch.equal(couple(logits, 0.0, noise), logits.float())
-    assert torch.equal(couple(logits, 0.7, None), logits.float())
+    assert torch.equal(couple(logits, DrawNoise(torch.tensor([0.0]), noise)), logits.float())
+    assert torch.equal(couple(logits, None), logits.float())
     expected = logits[0].float() + NOISE_WEIGHT * 0.7 * noise[0, :3, :6]
-    assert torch.allclose(couple(logits, 0.7, noise)[0], expected)
+    assert torch.allclose(couple(logits, DrawNoise(torch.tensor([0.7]), noise))[0], expected)

@@ -10,11 +10,12 @@ from torch.nn import functional
 from transformers import GemmaConfig, GemmaForCausalLM
 
 from medusa_core.draft.accuracy import default_calibration
-from medusa_core.draft.coupling import LevelScores
+from medusa_core.draft.coupling import DrawNoise, LevelScores
+from medusa_core.draft.draft_tree import DraftTree
 from medusa_core.draft.head_drafter import make_drafter
 from medusa_core.draft.heads import DraftHeads, TrainingBatch
 from medusa_core.draft.hydra import HydraHeads, HydraShape
-from medusa_core.draft.levels import MAX_CANDIDATES, DynamicLevelDrafter
+from medusa_core.draft.levels import DynamicLevelDrafter
 from medusa_core.draft.prefix import PrefixLayer, prefix_config
 from medusa_core.draft.static import StaticLevelDrafter
 from medusa_core.draft.tree import grow_tree, load_tree
@@ -78,7 +79,6 @@ def slow_dynamic_tree(
     """
     found: list[tuple[float, tuple[int, ...]]] = []
     level: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
-    width = min(MAX_CANDIDATES, heads.vocab_size)
     for depth in range(min(heads.num_heads, nodes - 1)):
         below = []
         room = nodes - 1 - depth
@@ -87,7 +87,7 @@ def slow_dynamic_tree(
             if noise is not None:
                 scores = scores + 0.8 * 0.9 * noise[depth]
             log_probs = (scores / TAUS[depth]).log_softmax(-1)
-            best = log_probs.topk(width)
+            best = log_probs.topk(room)
             pairs = zip(best.values.tolist(), best.indices.tolist(), strict=True)
             below += [(joint + value, (*path, token)) for value, token in pairs]
         level = sorted(below, reverse=True)[:room]
@@ -110,8 +110,10 @@ def test_dynamic_proposal_equals_the_slow_one(
     heads: HydraHeads, tiny_backbone: Backbone, hidden_BE: Tensor, nodes: int, coupled: bool
 ) -> None:
     noise = gumbel_noise(3, range(9, 13), torch.arange(320)).expand(2, -1, -1) if coupled else None
-    drafter = DynamicLevelDrafter(nodes, heads.num_heads, heads.vocab_size)
-    tree = drafter.draft(LevelScores(heads, hidden_BE, 0.9, noise), ROOTS, TAUS)
+    drafter = DynamicLevelDrafter(nodes, heads.num_heads, heads.vocab_size, CPU)
+    draw_noise = None if noise is None else DrawNoise(torch.tensor([0.9]), noise)
+    tensors = drafter(LevelScores(heads, hidden_BE, draw_noise), ROOTS, torch.tensor([TAUS]))
+    tree = DraftTree(*tensors, drafter.max_depth)
     assert drafter.size == tree.tokens_BT.shape[1] == nodes
     for slot in range(2):
         tokens, parents = tree.tokens_BT[slot].tolist(), tree.parents_BT[slot].tolist()
@@ -138,7 +140,8 @@ def test_static_proposal_equals_the_slow_one(
     heads: HydraHeads, tiny_backbone: Backbone, hidden_BE: Tensor, name: str
 ) -> None:
     tree = grow_tree(default_calibration(4).accuracies, 16) if name == "grown" else load_tree(name)
-    drafted = StaticLevelDrafter(tree, CPU).draft(LevelScores(heads, hidden_BE, 0.0, None), ROOTS, ())
+    tensors = StaticLevelDrafter(tree, CPU)(LevelScores(heads, hidden_BE, None), ROOTS, torch.tensor([TAUS]))
+    drafted = DraftTree(*tensors, tree.depth)
     for slot in range(2):
         tokens: dict[tuple[int, ...], int] = {}
         for rank_path in tree.paths:
