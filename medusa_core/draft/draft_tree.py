@@ -81,7 +81,7 @@ def stack_rows(parts: Sequence[tuple[Sequence[int], DraftTree]]) -> DraftTree:
         return parts[0][1]
     size = max(tree.size for _, tree in parts)
     depth = max(tree.max_depth for _, tree in parts)
-    padded = [_pad(tree, size) for _, tree in parts]
+    padded = [pad_tree(tree, size) for _, tree in parts]
     places = torch.tensor([row for rows, _ in parts for row in rows], device=padded[0].tokens_BT.device)
     order = places.argsort()
     fields = ("tokens_BT", "depths_BT", "parents_BT", "ancestors_BTT", "origins_BT")
@@ -89,7 +89,7 @@ def stack_rows(parts: Sequence[tuple[Sequence[int], DraftTree]]) -> DraftTree:
     return DraftTree(**joined, max_depth=depth)
 
 
-def _pad(tree: DraftTree, size: int) -> DraftTree:
+def pad_tree(tree: DraftTree, size: int) -> DraftTree:
     """With nodes that are never on a path: of the root's token and depth, seen by nobody but themselves."""
     missing = size - tree.size
     if missing == 0:

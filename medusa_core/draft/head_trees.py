@@ -1,5 +1,7 @@
 """The draft trees that a set of heads can fill, by name and size: drafters are built once and kept."""
 
+from collections.abc import Callable
+
 import torch
 
 from medusa_core.draft.accuracy import HeadCalibration
@@ -7,6 +9,7 @@ from medusa_core.draft.head_drafter import HeadDrafter, make_drafter
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.tree import Tree, grow_tree, load_tree, published_tree_names
 from medusa_core.errors import TreeError
+from medusa_core.programs.switch import Switch
 
 DYNAMIC, STATIC = "dynamic", "static"
 
@@ -20,13 +23,21 @@ class HeadTrees:
         calibration: HeadCalibration,
         device: torch.device,
         static_tree: Tree | None = None,
+        vocab_size: int | None = None,
     ) -> None:
+        """`vocab_size`: the backbone's, if the heads' is smaller."""
         if static_tree:
             static_tree.check_fits(heads.num_heads, heads.vocab_size)
         self.heads, self.calibration, self._device = heads, calibration, device
         self._static_tree = static_tree
         self._published = {tree.name: tree for tree in fitting_trees(heads)}
+        self._vocab_size = vocab_size
         self._drafters: dict[tuple[str, int], HeadDrafter] = {}
+        self._on_new: Callable[[Switch], None] | None = None
+
+    def on_new(self, tell: Callable[[Switch], None]) -> None:
+        """Have `tell` called with the program of each drafter that is built."""
+        self._on_new = tell
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -46,7 +57,11 @@ class HeadTrees:
         """`nodes` (root included) applies to adaptive trees."""
         key = (name, nodes if self.is_adaptive(name) else 0)
         if key not in self._drafters:
-            self._drafters[key] = make_drafter(self.heads, self._shape(name, nodes), self._device)
+            shape = self._shape(name, nodes)
+            drafter = make_drafter(self.heads, shape, self._device, self._vocab_size)
+            if self._on_new is not None:
+                self._on_new(drafter.run)
+            self._drafters[key] = drafter
         return self._drafters[key]
 
     def _shape(self, name: str, nodes: int) -> Tree | int:

@@ -4,10 +4,11 @@ Nothing in it is decided on the host, so that it runs eagerly, compiled or as a 
 every temperature. Shapes: B rows, E hidden size, K heads, P positions, V vocabulary, T tree nodes.
 """
 
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export import Dim
 
 from medusa_core.draft.coupling import DrawNoise, LevelScores, couple
 from medusa_core.draft.draft_tree import TreeTensors
@@ -17,11 +18,12 @@ from medusa_core.draft.levels import DynamicLevelDrafter
 from medusa_core.draft.static import StaticDrafter, StaticLevelDrafter
 from medusa_core.draft.tree import Tree
 from medusa_core.errors import ConfigError
+from medusa_core.programs.program import Argument, Program
 
 Drafter = StaticDrafter | DynamicDrafter | StaticLevelDrafter | DynamicLevelDrafter
 
 
-class DraftProgram(nn.Module):
+class DraftProgram(Program):
     """Fills trees of `size` nodes (root included) and at most `max_depth` levels.
 
     Drafts always the same tree, or each step the likeliest nodes: as many as `shape` says, root included,
@@ -31,9 +33,13 @@ class DraftProgram(nn.Module):
     size: int
     max_depth: int
 
-    def __init__(self, heads: DraftHeads, shape: Tree | int, device: torch.device) -> None:
+    def __init__(
+        self, heads: DraftHeads, shape: Tree | int, device: torch.device, vocab_size: int | None = None
+    ) -> None:
+        """`vocab_size`: the backbone's, which the noise has a column for each of; None: the heads'."""
         super().__init__()
         self.heads = heads
+        self._shape, self.vocab_size = shape, vocab_size or heads.vocab_size
         # Heads only borrow the backbone's embedding; here it is an input of the program like other weights.
         self.embed = getattr(heads, "embed_module", None)
         self.drafter = _drafter(heads, shape, device)
@@ -67,15 +73,25 @@ class DraftProgram(nn.Module):
             tokens_BT = torch.cat([tokens_BT[:, :1], token_map[tokens_BT[:, 1:]]], dim=1)
         return (tokens_BT, *rest)
 
-    def example_inputs(self, *, greedy: bool, hidden: Tensor, vocab_size: int) -> tuple[Tensor, ...]:
-        """Inputs to trace the program with, for rows like `hidden` [B, E] and the backbone's vocabulary."""
-        rows, device = len(hidden), hidden.device
-        roots_B = torch.zeros(rows, dtype=torch.long, device=device)
-        divisors_BK = torch.ones(rows, self.heads.num_heads, device=device)
-        if greedy:
-            return hidden, roots_B, divisors_BK
-        noise_BPV = torch.zeros(rows, self.max_depth + 1, vocab_size, device=device)
-        return hidden, roots_B, divisors_BK, torch.ones(rows, device=device), noise_BPV
+    def facts(self) -> object:
+        """The tree that is filled."""
+        return (self._shape, self.vocab_size)
+
+    def example(self) -> tuple[Argument, ...]:
+        """One row, drawn with noise."""
+        heads = cast(Any, self.heads)
+        return (
+            torch.zeros(1, heads.hidden_size, dtype=heads.dtype),
+            torch.zeros(1, dtype=torch.long),
+            torch.ones(1, heads.num_heads),
+            torch.ones(1),
+            torch.zeros(1, self.max_depth + 1, self.vocab_size),
+        )
+
+    def sizes(self) -> tuple[Any, ...]:
+        """More positions than are drafted for may be there."""
+        positions = Dim("positions", min=max(2, self.max_depth), max=1024)
+        return (None, None, None, None, {1: positions})
 
 
 def _drafter(heads: DraftHeads, shape: Tree | int, device: torch.device) -> Drafter:

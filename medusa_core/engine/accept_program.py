@@ -6,16 +6,20 @@ takes it with dynamic T and D. `EagerRunner.accept` is the reference, which also
 Shapes: B rows, T tree nodes, D tree depth, P > D positions, V vocabulary; L2BHCD: `KVCache`'s storage.
 """
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.export import Dim
 
 from medusa_core.engine.acceptance import longest_path, match_drafts
 from medusa_core.engine.logits_processors import surely_kept
-from medusa_core.model.kv_cache import move_rows
+from medusa_core.model.kv_cache import CacheShape, move_rows
+from medusa_core.programs.program import Argument, Program, cache_sizes, node_sizes
 from medusa_core.sampling_params import SamplingParams, SpeculationMode
 
 
-class AcceptProgram(nn.Module):
+class AcceptProgram(Program):
     """Accepts a path per row and moves its keys and values to follow the committed ones.
 
     Filters (top-k, top-p, min-p) are not applied, as sorting takes longer than all the rest: tokens are drawn
@@ -23,6 +27,40 @@ class AcceptProgram(nn.Module):
     path. If one may not, the row is *undecided*: then no row's keys and values have moved, so that the
     caller can run the reference on the same inputs.
     """
+
+    def __init__(self, cache: CacheShape, vocab_size: int, dtype: torch.dtype, *, sampled: bool) -> None:
+        """`sampled`: whether it is compiled for rows that draw."""
+        super().__init__()
+        self._cache, self._vocab_size, self._dtype, self._sampled = cache, vocab_size, dtype, sampled
+
+    def facts(self) -> object:
+        return (self._cache, self._vocab_size, self._dtype, self._sampled)
+
+    def example(self) -> tuple[Argument, ...]:
+        """One row of 16 nodes at most 5 deep, in one of two slots."""
+        zeros, nodes, cache = torch.zeros(1, 16, dtype=torch.long), 16, self._cache
+        size = (cache.num_layers, 2, 2, cache.num_kv_heads, 200, cache.head_dim)
+        arguments: tuple[Argument, ...] = (
+            torch.zeros(1, nodes, self._vocab_size, dtype=self._dtype),
+            *(zeros.clone() for _ in range(3)),
+            torch.eye(nodes, dtype=torch.bool)[None],
+            zeros.clone(),
+            zeros[:, 0].clone(),
+            zeros[:, 0].clone(),
+            torch.arange(6),
+            torch.zeros(size, dtype=self._dtype),
+        )
+        if not self._sampled:
+            return arguments
+        return (*arguments, torch.ones(1, 4), torch.zeros(1, 7, self._vocab_size))
+
+    def sizes(self) -> tuple[Any, ...]:
+        """Any tree, depth, number of positions and cache; one row."""
+        nodes, places = node_sizes(), {0: Dim("places", min=2, max=1024)}
+        slots, capacity = cache_sizes()
+        rows = ({1: nodes}, {1: nodes}, {1: nodes}, {1: nodes}, {1: nodes, 2: nodes}, {1: nodes}, None, None)
+        sizes: tuple[Any, ...] = (*rows, places, {2: slots, 4: capacity})
+        return (*sizes, None, {1: Dim("positions", min=2, max=1024)}) if self._sampled else sizes
 
     @staticmethod
     def can_take(params: SamplingParams) -> bool:

@@ -1,7 +1,7 @@
 """Executes a step's tensor work on a batch: verify, then accept and commit.
 
-Why a seam: the eager runner is the reference; compiled and graphed runners do the same on static shapes. So
-both phases take tensors and give tensors, and what they decided is read by the host after the second one.
+Why a seam: the eager runner is the reference; the static one does the same by programs that may be compiled.
+Both phases take tensors and give tensors, and what they decided is read by the host after the second one.
 
 Shapes: B rows, T tree nodes, D tree depth, P positions, V vocabulary, E hidden size.
 """
@@ -38,11 +38,18 @@ class Decision:
 class Runner(Protocol):
     """Runs a step's two phases. Nothing is decided on the host inside of one."""
 
+    def fit(self, tree: DraftTree) -> DraftTree:
+        """The tree in a size that this runner runs: padded with nodes that are on no path."""
+
     def verify(self, batch: Batch, tree: DraftTree) -> BackboneOutput:
         """One forward pass over all nodes; their keys and values lie uncommitted after each row's own."""
 
-    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
-        """Choose each row's path and move its keys and values to follow the committed ones."""
+    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> list[list[int]]:
+        """Choose each row's path and move its keys and values to follow the committed ones.
+
+        What was decided, per row on the host: path, its tokens, its origins (D + 1 each), number of accepted
+        drafts, next root, depths of all nodes.
+        """
 
 
 class EagerRunner:
@@ -51,18 +58,41 @@ class EagerRunner:
     def __init__(self, backbone: Backbone, cache: KVCache) -> None:
         self._backbone, self._cache = backbone, cache
 
+    def fit(self, tree: DraftTree) -> DraftTree:
+        return tree
+
     def verify(self, batch: Batch, tree: DraftTree) -> BackboneOutput:
         positions_BT = batch.lengths_B[:, None] + tree.depths_BT
         rows = self._cache.rows(batch.slots)
         return self._backbone.forward(tree.tokens_BT, positions_BT, tree.ancestors_BTT, rows)
 
-    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
+    def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> list[list[int]]:
+        rows: list[list[int]] = pack(tree, self.decide(batch, tree, output)).tolist()
+        return rows
+
+    def decide(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> Decision:
+        """`accept`, left on the device."""
         judged = [_judge(batch, row, tree, output.logits_BTV[row]) for row in range(len(batch.slots))]
         right_BT, targets_BT, scores_BT = (torch.stack(part) for part in zip(*judged, strict=True))
         accepted = longest_path(right_BT, tree.ancestors_BTT, tree.depths_BT, tree.max_depth, scores_BT)
         self._cache.keep(batch.slots_B, batch.lengths_B, accepted.path_BD)
         next_roots_B = targets_BT.gather(1, accepted.leaf_B[:, None])[:, 0]
         return Decision(accepted.path_BD, accepted.count_B, next_roots_B)
+
+
+def pack(tree: DraftTree, decision: Decision) -> Tensor:
+    """What a step decided as one tensor: the step's one transfer."""
+    return torch.cat(
+        [
+            decision.path_BD,
+            tree.tokens_BT.gather(1, decision.path_BD),
+            tree.origins_BT.gather(1, decision.path_BD),
+            decision.count_B[:, None],
+            decision.next_roots_B[:, None],
+            tree.depths_BT,
+        ],
+        dim=1,
+    )
 
 
 def _judge(batch: Batch, row: int, tree: DraftTree, logits_TV: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ softmax(l'/T)). The noise is a hash of (s, p, v), so the draw does not depend on
 vocabulary padding. Shapes: N rows (tree nodes), P positions, V vocabulary.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -57,19 +57,24 @@ def noise_of_keys(keys: Tensor, token_ids_V: Tensor) -> Tensor:
     return uniform.log_().neg_().log_().neg_().float()
 
 
+NoiseOfKeys = Callable[[Tensor], Tensor]
+"""keys [B, P] of `noise_keys` -> noise [B, P, V]"""
+
+
 class Noise:
     """The noise of some positions in a row, drawn when it is asked for. `keys_BP`: of `noise_keys`."""
 
-    def __init__(self, keys_BP: Tensor, vocabulary_V: Tensor) -> None:
-        self.keys_BP, self._vocabulary_V = keys_BP, vocabulary_V
+    def __init__(self, keys_BP: Tensor, draw: NoiseOfKeys) -> None:
+        self.keys_BP, self._draw = keys_BP, draw
         self._rows_BPV: Tensor | None = None
 
     def first(self, count: int) -> Tensor:
         """Of the first `count` positions [B, count, V]; what is drawn once is kept."""
         known = 0 if self._rows_BPV is None else self._rows_BPV.shape[1]
         if count > known:
-            more = noise_of_keys(self.keys_BP[:, known:count], self._vocabulary_V)
-            self._rows_BPV = more if self._rows_BPV is None else torch.cat([self._rows_BPV, more], dim=1)
+            first = max(0, min(known, count - 2))  # two at least, as compiled programs want it
+            rows = self._draw(self.keys_BP[:, first:count])
+            self._rows_BPV = rows if first == 0 else torch.cat([self._rows_BPV[:, :first], rows], dim=1)
         assert self._rows_BPV is not None
         return self._rows_BPV[:, :count]
 

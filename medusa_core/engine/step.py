@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_core.draft.draft_tree import DraftTree, Origin, root_tree
+from medusa_core.draft.draft_tree import Origin, root_tree
 from medusa_core.draft.source import DraftSource
 from medusa_core.engine.batch import Batch
 from medusa_core.engine.logits_processors import NodePaths
-from medusa_core.engine.runner import Decision, Runner
+from medusa_core.engine.runner import Runner
 from medusa_core.engine.sampling import gumbel_noise
 from medusa_core.engine.sequence import Sequence
 from medusa_core.engine.timing import PhaseTimer
@@ -59,35 +59,19 @@ def decode_step(runner: Runner, batch: Batch, source: DraftSource | None, timer:
     The caller has marked the step's begin, and advances the cache by the rows' paths: that makes the keys and
     values final which `runner` has moved.
     """
-    tree = source.propose(batch) if source else root_tree(batch.roots_B)
+    proposed = source.propose(batch) if source else root_tree(batch.roots_B)
+    tree = runner.fit(proposed)
     timer.mark()
     output = runner.verify(batch, tree)
     timer.mark()
-    decision = runner.accept(batch, tree, output)
-    rows = read_rows(tree, decision)
+    rows = [_unpack(row, tree.max_depth + 1) for row in runner.accept(batch, tree, output)]
     timer.mark()
     propose, verify, commit = timer.seconds()
-    return StepResult(rows, output.hidden_BTE, tree.size, propose, verify, commit)
-
-
-def read_rows(tree: DraftTree, decision: Decision) -> list[RowResult]:
-    """What a step decided, on the host: the step's one transfer."""
-    width = tree.max_depth + 1
-    packed = torch.cat(
-        [
-            decision.path_BD,
-            tree.tokens_BT.gather(1, decision.path_BD),
-            tree.origins_BT.gather(1, decision.path_BD),
-            decision.count_B[:, None],
-            decision.next_roots_B[:, None],
-            tree.depths_BT,
-        ],
-        dim=1,
-    )
-    return [_unpack(row, width) for row in packed.tolist()]
+    return StepResult(rows, output.hidden_BTE, proposed.size, propose, verify, commit)
 
 
 def _unpack(row: list[int], width: int) -> RowResult:
+    """Of `Runner.accept`; `width` is D + 1."""
     path, on_path, origins = row[:width], row[width : 2 * width], row[2 * width : 3 * width]
     count, next_root = row[3 * width : 3 * width + 2]
     depths = row[3 * width + 2 :]

@@ -9,6 +9,8 @@ between, which changes nothing.
 Shapes: B rows, T nodes, H query heads, K key/value heads, G = H / K, W columns, D head dimension.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +20,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-NAME = "medusa_tree"
+REPRODUCIBLE, FAST = "medusa_tree", "medusa_tree_fast"
 
 
 def tree_attention(
+    weighted_sum: Callable[[Tensor, Tensor], Tensor],
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -34,7 +37,7 @@ def tree_attention(
     """Queries [B, H, T, D] over keys and values [B, K, W, D] -> [B, T, H, D].
 
     Boolean masks [B, 1, T, W] (True: visible) are a tree's; whatever has another mask, or none, is attended to
-    as transformers does with `sdpa`.
+    as transformers does with `sdpa`. `weighted_sum`: weights [B, K, N, W], values [B, K, W, D] -> [B, K, N, D].
     """
     if attention_mask is None or attention_mask.dtype is not torch.bool:
         return sdpa_attention_forward(
@@ -48,22 +51,29 @@ def tree_attention(
     scores = scores.masked_fill(~attention_mask[:, :, None], -torch.inf)
     weights = (scores - scores.amax(dim=-1, keepdim=True)).exp().flatten(2, 3)
     total = weights.sum(dim=-1, keepdim=True, dtype=torch.float64)
-    output = (_weighted_sum(weights, value) / total).to(query.dtype).view(batch, heads, nodes, size)
+    output = (weighted_sum(weights, value) / total).to(query.dtype).view(batch, heads, nodes, size)
     return output.transpose(1, 2).contiguous(), None
 
 
-def _weighted_sum(weights: Tensor, value: Tensor) -> Tensor:
-    """[B, K, N, W] weights of values [B, K, W, D] -> [B, K, N, D]."""
+def _one_by_one(weights: Tensor, value: Tensor) -> Tensor:
+    """Sums that do not depend on where a column lies."""
     if torch.compiler.is_exporting():
         # The compiler makes a loop of it: column after column, a vector of D at a time, no product in memory.
         return (weights[..., None] * value.float()[:, :, None]).sum(dim=-2)
     return weights.double() @ value.double()  # sums in any order are the same once they are rounded
 
 
-def use_tree_attention(model: PreTrainedModel) -> None:
+def _at_once(weights: Tensor, value: Tensor) -> Tensor:
+    """A product, whose last bits depend on where a column lies."""
+    return weights @ value.float()
+
+
+def use_tree_attention(model: PreTrainedModel, *, reproducible: bool = True) -> None:
     """Have the model's layers attend through `tree_attention`. Raises `ValueError` if they cannot."""
-    ALL_ATTENTION_FUNCTIONS.register(NAME, tree_attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, sdpa_mask)
-    if model.config._attn_implementation not in ("sdpa", NAME):
-        raise ValueError(f"its attention is {model.config._attn_implementation!r}, not 'sdpa'")
-    model.set_attn_implementation(NAME)
+    for name, weighted_sum in ((REPRODUCIBLE, _one_by_one), (FAST, _at_once)):
+        ALL_ATTENTION_FUNCTIONS.register(name, partial(tree_attention, weighted_sum))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
+    current = model.config._attn_implementation
+    if current not in ("sdpa", REPRODUCIBLE, FAST):
+        raise ValueError(f"its attention is {current!r}, not 'sdpa'")
+    model.set_attn_implementation(REPRODUCIBLE if reproducible else FAST)

@@ -16,12 +16,14 @@ from transformers import PreTrainedModel
 
 from medusa_core.model.kv_cache import CacheShape
 from medusa_core.model.static_rows import StaticRows, columns_after
-from medusa_core.programs.program import Argument, Program
-
-
-# Products of fewer rows are computed another way, which rounds differently (MKL's of float32).
-MIN_NODES, MAX_NODES = 4, 1024
-MAX_WIDTH, MAX_SLOTS = 1 << 24, 4096
+from medusa_core.programs.program import (
+    MAX_WIDTH,
+    MIN_NODES,
+    Argument,
+    Program,
+    cache_sizes,
+    node_sizes,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,8 @@ class VerifyProgram(Program):
 
     def facts(self) -> object:
         """The model's config besides."""
-        return (self._facts, self.model.config.to_json_string(use_diff=False))
+        config = self.model.config
+        return (self._facts, config._attn_implementation, config.to_json_string(use_diff=False))
 
     def example(self) -> tuple[Argument, ...]:
         """One row of 16 nodes in one of two slots."""
@@ -66,9 +69,9 @@ class VerifyProgram(Program):
 
     def sizes(self) -> tuple[Any, ...]:
         """Any tree, width and cache; one row."""
-        nodes, width = Dim("nodes", min=MIN_NODES, max=MAX_NODES), Dim("width", min=MIN_NODES, max=MAX_WIDTH)
-        cache = {0: Dim("slots", min=1, max=MAX_SLOTS), 2: Dim("capacity", min=MIN_NODES + 1, max=MAX_WIDTH + 1)}
-        layers = [cache] * self._facts.cache.num_layers
+        nodes, width = node_sizes(), Dim("width", min=MIN_NODES, max=MAX_WIDTH)
+        slots, capacity = cache_sizes()
+        layers = [{0: slots, 2: capacity}] * self._facts.cache.num_layers
         return ({1: nodes}, {1: nodes}, {1: nodes, 2: nodes}, None, None, {0: width}, layers, layers)
 
     def forward(

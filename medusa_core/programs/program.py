@@ -4,8 +4,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.export import Dim
 
 Argument = Tensor | Sequence[Tensor]
+
+
+# Products of fewer rows are computed another way, which rounds differently (MKL's of float32).
+MIN_NODES, MAX_NODES = 4, 1024
+MAX_WIDTH, MAX_SLOTS = 1 << 24, 4096
 
 
 class Program(nn.Module):
@@ -46,3 +52,13 @@ def constants_of(program: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for each in named for name, tensor in each(remove_duplicate=False)}
 
 
+
+
+def node_sizes() -> Any:
+    """Sizes of a tree, root and padding included."""
+    return Dim("nodes", min=MIN_NODES, max=MAX_NODES)
+
+
+def cache_sizes() -> tuple[Any, Any]:
+    """Numbers of slots, and of columns in each."""
+    return Dim("slots", min=1, max=MAX_SLOTS), Dim("capacity", min=MIN_NODES + 1, max=MAX_WIDTH + 1)

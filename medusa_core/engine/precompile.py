@@ -1,0 +1,31 @@
+"""Process that compiles an engine's programs into the cache folder, then ends: started by a serving engine."""
+
+import json
+import logging
+import os
+import sys
+
+from medusa_core.config import EngineConfig
+from medusa_core.engine.compilation import CHILD_NICENESS
+from medusa_core.errors import MedusaError
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """The one argument is JSON: model, heads or null, and the fields of an `EngineConfig`."""
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s compiler: %(message)s")
+    model, heads, fields = json.loads(sys.argv[1])
+    os.nice(CHILD_NICENESS)
+    from medusa_core.engine.engine import Engine  # slow to import, hence at low priority
+
+    try:
+        Engine.from_pretrained(model, heads=heads, config=EngineConfig(**fields))
+    except MedusaError as error:
+        logger.error("%s", error)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

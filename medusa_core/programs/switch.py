@@ -1,0 +1,22 @@
+"""A program as it is called: compiled once that is there, until then as it is."""
+
+from typing import cast
+
+from torch import Tensor
+
+from medusa_core.programs.compiled import CompiledProgram
+from medusa_core.programs.program import Argument, Program
+
+
+class Switch:
+    """Calls one of the two; compiled programs are for one row, more are run as they are."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.compiled: CompiledProgram | None = None
+
+    def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
+        if self.compiled is not None and len(arguments[0]) == 1:
+            return self.compiled(*arguments)
+        result: Tensor | tuple[Tensor, ...] = self.program(*arguments)
+        return (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", result)
