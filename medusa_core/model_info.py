@@ -9,9 +9,10 @@ from medusa_core.sampling_params import SamplingParams
 class ModelInfo:
     """The model, its draft heads and how they run. No torch here: it crosses process boundaries.
 
-    `tree_nodes`: size of adaptive trees at start, root included; 1 drafts nothing. `trees` and `sources`:
-    what a request may ask for by name. `expected_speedup`: of the chosen tree, from calibration and measured
-    step times (None if either is missing). `defaults`: sampling as the model's `generation_config.json` asks.
+    `tree_nodes`: size of adaptive trees at start, root included; 1 drafts nothing. `tree_choice`: why, in
+    figures, if step times chose it. `trees` and `sources`: what a request may ask for by name.
+    `expected_speedup`: of the chosen tree, from calibration and measured step times (None if either is
+    missing). `defaults`: sampling as the model's `generation_config.json` asks.
     """
 
     model: str
@@ -27,4 +28,5 @@ class ModelInfo:
     sources: tuple[str, ...]
     slots: int
     expected_speedup: float | None = None
+    tree_choice: str | None = None
     defaults: SamplingParams = field(default_factory=SamplingParams)

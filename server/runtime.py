@@ -184,8 +184,8 @@ def _shutting_down() -> errors.ApiError:
 
 
 def fingerprint(info: ModelInfo) -> str:
-    """Names what decides the answers. The expected speedup, measured anew at each start, does not."""
-    digest = hashlib.sha256(msgspec.json.encode(replace(info, expected_speedup=None)))
+    """Names what decides the answers. Speeds, which differ between starts, do not."""
+    digest = hashlib.sha256(msgspec.json.encode(replace(info, expected_speedup=None, tree_choice=None)))
     return "fp_" + digest.hexdigest()[:12]
 
 
@@ -195,9 +195,13 @@ def summary(name: str, info: ModelInfo) -> str:
     parts = [
         f"{name} with {heads}",
         f"{info.dtype} on {info.device}",
-        f"tree of {info.tree_nodes} nodes" if info.tree_nodes > 1 else "no draft tree",
+        f"tree of {info.tree_nodes} nodes" if info.tree_nodes > 1 else _no_tree(info),
         f"{info.slots} slot" + ("" if info.slots == 1 else "s"),
     ]
     if info.expected_speedup is not None:
         parts.append(f"about {info.expected_speedup:.1f}x plain decoding expected")
     return ", ".join(parts)
+
+
+def _no_tree(info: ModelInfo) -> str:
+    return "no draft tree" if info.tree_choice is None else f"no draft tree ({info.tree_choice})"

@@ -7,6 +7,7 @@
 One thread at a time may use an engine.
 """
 
+import logging
 from collections import OrderedDict
 from collections.abc import Generator, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
@@ -27,11 +28,12 @@ from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
 from medusa_core.draft.tree_size import (
     NGRAM_NODES,
-    AdaptiveTreeSizes,
     expected_speedup,
+    explain_choice,
     fastest_size,
     scratch_rows,
 )
+from medusa_core.engine.adaptive_size import AdaptiveTreeSizes
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch
 from medusa_core.engine.emit import decode_stats, emit, failed
@@ -52,6 +54,8 @@ from medusa_core.model_info import ModelInfo
 from medusa_core.request import Request
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
 from medusa_core.text.tokenizer import ChatTokenizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
 Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
@@ -76,12 +80,19 @@ class Engine:
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
         if config.measure:
             progress.enter("measuring step times")
-        timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source)
+        timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source, "eager")
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
         self.tree_nodes = self._choose_tree_nodes()
+        if (reason := self._explain_tree()) is not None:
+            logger.info("%s", reason)
         # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
-        ngram_nodes = config.tree_nodes or max(self.tree_nodes, NGRAM_NODES)
-        sizes = AdaptiveTreeSizes(self.tree_nodes, ngram_nodes)
+        sizes = AdaptiveTreeSizes(
+            self.step_times,
+            self.head_source.calibration if self.head_source else None,
+            head_nodes=self.tree_nodes,
+            ngram_nodes=config.tree_nodes or max(self.tree_nodes, NGRAM_NODES),
+            most_nodes=config.tree_nodes,
+        )
         self._planner = StepPlanner(self._sources, sizes, self.context_length)
 
     @classmethod
@@ -152,6 +163,7 @@ class Engine:
             sources=tuple(name.value for name in self._sources),
             slots=self.config.slots,
             expected_speedup=self._expected_speedup(),
+            tree_choice=self._explain_tree(),
             defaults=self.default_params(),
         )
 
@@ -317,8 +329,7 @@ class Engine:
     def _decode(self, sequence: Sequence) -> StepOutput:
         timer = phase_timer(self.backbone.device)
         timer.mark()
-        context = sequence.num_cached
-        assert context == self._cache.lengths[sequence.slot]
+        assert sequence.num_cached == self._cache.lengths[sequence.slot]
         plan = self._planner.plan(sequence)
         batch = make_batch([sequence], [plan.nodes], plan.depth, self._vocabulary_V)
         result = decode_step(self._runner, batch, plan.source, timer)
@@ -326,8 +337,7 @@ class Engine:
         self._commit(sequence, row, result.hidden_BTE[0])
         mode = self._planner.mode_of(sequence.params) if result.tree_nodes > 1 else SpeculationMode.OFF
         stats = decode_stats(result, row, mode)
-        per_token = self.step_times.baseline_seconds(context)
-        output = emit(sequence, row.token_ids, row.origins, stats, per_token)
+        output = emit(sequence, row.token_ids, row.origins, stats, plan.baseline_seconds)
         assert output.stats is not None
         plan.observe(output.stats)
         return output
@@ -366,6 +376,11 @@ class Engine:
             default = DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
             return self.head_source.calibration.tree_nodes or default
         return fastest_size(self.step_times.trees, self.head_source.calibration)
+
+    def _explain_tree(self) -> str | None:
+        if self.head_source is None or self.config.tree_nodes is not None or not self.step_times.trees:
+            return None
+        return explain_choice(self.step_times.trees, self.head_source.calibration, self.tree_nodes)
 
     def _expected_speedup(self) -> float | None:
         if self.head_source is None or self.tree_nodes not in self.step_times.trees:

@@ -21,8 +21,9 @@ class StepStats:
 
     `mode` is the mode the step ran in: OFF also where drafting did not pay or found nothing to draft.
     `baseline_seconds` is what the step's tokens would have taken without speculation, from step times
-    measured at start (0.0 for prefill or where nothing was measured). `drafted[k]` counts tree nodes at
-    depth k + 1, `accepted[k]` is 1 where one of them was accepted. `tree_nodes` includes the root.
+    measured at start and corrected by plain steps since (0.0 for prefill or where nothing was measured).
+    `drafted[k]` counts tree nodes at depth k + 1, `accepted[k]` is 1 where one of them was accepted.
+    `tree_nodes` includes the root.
     """
 
     mode: SpeculationMode

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from medusa_core.draft.source import DraftSource
-from medusa_core.draft.tree_size import AdaptiveTreeSize, AdaptiveTreeSizes
+from medusa_core.engine.adaptive_size import AdaptiveTreeSize, AdaptiveTreeSizes
 from medusa_core.engine.outputs import StepStats
 from medusa_core.engine.sequence import Sequence
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
@@ -12,17 +12,23 @@ from medusa_core.sampling_params import DraftSourceName, SamplingParams, Specula
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """`source` None drafts nothing. `size`: what learns from the step, if its size was chosen here."""
+    """`source` None drafts nothing. `size` learns from the step, begun at `context` cached tokens."""
 
+    size: AdaptiveTreeSize
+    context: int
     source: DraftSource | None = None
     nodes: int = 1
     depth: int = 0
-    size: AdaptiveTreeSize | None = None
+
+    @property
+    def baseline_seconds(self) -> float:
+        """What a step without speculation takes here; 0.0 if unknown."""
+        return self.size.times.seconds(1, self.context)
 
     def observe(self, stats: StepStats) -> None:
-        """Learn what the step cost. One that found nothing to draft tells nothing of drafts."""
-        if self.size is not None and (stats.tree_nodes > 1 or self.nodes == 1):
-            self.size.observe(stats.seconds, stats.baseline_seconds)
+        """Learn what the step cost. One that found nothing to draft tells nothing, nor does a named tree."""
+        if self.nodes == 1 or (self.nodes > 1 and stats.tree_nodes > 1):
+            self.size.observe(self.nodes, self.context, 1 + sum(stats.accepted), stats.seconds)
 
 
 class StepPlanner:
@@ -48,15 +54,14 @@ class StepPlanner:
 
     def plan(self, sequence: Sequence) -> StepPlan:
         """Nothing is drafted where the budget or context ends: no draft could be kept, or have a position."""
-        speculation = sequence.params.speculation
-        source = self.source_of(sequence.params)
+        speculation, context = sequence.params.speculation, sequence.num_cached
+        source, size = self.source_of(sequence.params), self._sizes.of(sequence.params)
         if source is None or sequence.budget <= 1:
-            return StepPlan()
-        size = self._sizes.of(sequence.params) if source.is_adaptive(speculation) else None
-        nodes = size.nodes if size is not None else 0
+            return StepPlan(size, context)
+        nodes = size.next_nodes if source.is_adaptive(speculation) else 0
         if nodes == 1:
-            return StepPlan(size=size)
+            return StepPlan(size, context)
         depth = source.max_depth(speculation, nodes)
         if sequence.num_tokens + depth > self._context_length:
-            return StepPlan()
-        return StepPlan(source, nodes, depth, size)
+            return StepPlan(size, context)
+        return StepPlan(size, context, source, nodes, depth)

@@ -26,6 +26,10 @@ INFO = ModelInfo(
             {"heads": None, "num_heads": 0, "tree_nodes": 1, "slots": 4, "expected_speedup": None},
             "demo with no draft heads, float32 on cpu, no draft tree, 4 slots",
         ),
+        (
+            {"tree_nodes": 1, "expected_speedup": None, "tree_choice": "no tree pays here: 0.9x"},
+            "demo with 4 heads of hydra, float32 on cpu, no draft tree (no tree pays here: 0.9x), 1 slot",
+        ),
     ],
 )
 def test_the_summary_is_a_line_for_people(changes, line):
@@ -33,5 +37,5 @@ def test_the_summary_is_a_line_for_people(changes, line):
 
 
 def test_the_fingerprint_changes_with_what_decides_the_answers_alone():
-    assert fingerprint(INFO) == fingerprint(replace(INFO, expected_speedup=2.0))
+    assert fingerprint(INFO) == fingerprint(replace(INFO, expected_speedup=2.0, tree_choice="fastest"))
     assert fingerprint(INFO) != fingerprint(replace(INFO, dtype="bfloat16"))

@@ -12,7 +12,6 @@ from medusa_core.draft.heads import ParallelHeads
 from medusa_core.draft.medusa import MedusaHeads
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason, StepOutput
-from medusa_core.engine.step_times import StepTimes
 from medusa_core.errors import CapacityError, ConfigError, RequestError, TreeError
 from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import CacheRows, CacheShape
@@ -404,12 +403,14 @@ def test_measured_step_times_give_a_baseline(
     assert min(engine.step_times.trees.values()) > 0
     outputs = [o for o in engine.steps([5, 6], GREEDY) if o.stats and not o.stats.is_prefill]
     single = engine.step_times.baseline_seconds(0)
-    for output in outputs[:-1]:
-        assert output.stats is not None
-        assert output.stats.baseline_seconds == pytest.approx(single * len(output.token_ids))
+    baselines = [output.stats.baseline_seconds for output in outputs if output.stats]
+    assert baselines[0] == pytest.approx(single * len(outputs[0].token_ids))
+    assert min(baselines) > 0  # from then on corrected by real steps
     assert engine.info.tree_nodes == 4
     chosen = build_engine(trained_heads, measure=True, tree_nodes=None, max_length=64)
     assert chosen.info.tree_nodes in chosen.step_times.trees
+    assert engine.info.tree_choice is None  # it was asked for
+    assert "ms, one in a plain step of" in str(chosen.info.tree_choice)
 
 
 @pytest.mark.parametrize("heads", ["random_heads", "trained_heads"])
@@ -430,25 +431,22 @@ def test_positions_and_cache_never_run_over(
 def test_speculation_that_costs_more_than_it_gains_is_turned_off(
     build_engine: BuildEngine, random_heads: MedusaHeads, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = build_engine(random_heads, tree_nodes=4)
+    engine = build_engine(random_heads, tree_nodes=4, measure=True)
 
     def answer(mode: str, tree: str = "dynamic") -> list[StepOutput]:
         params = {"temperature": 0.0, "max_tokens": 300, "ignore_eos": True}
         return list(engine.steps([5, 6], SamplingParams(**params, speculation=speculate(mode, tree))))
 
     expected = tokens_of(answer("off"))
-    engine.step_times = StepTimes(baseline={1: 1e9})  # a machine on which any tree pays
-    assert {o.stats.tree_nodes for o in answer("exact") if o.stats and not o.stats.is_prefill} <= {1, 4}
-    assert "slower" not in caplog.text
-    engine.step_times = StepTimes(baseline={1: 1e-9})  # one on which none does
-    answers = [answer("exact"), answer("exact")]
+    answers = [answer("exact"), answer("exact")]  # with heads that are never right
     assert [tokens_of(outputs) for outputs in answers] == [expected, expected]
     sizes = [o.stats.tree_nodes for o in answers[0] + answers[1] if o.stats and not o.stats.is_prefill]
-    assert set(sizes) == {1, 2, 4}
+    assert sizes[0] == 4
+    assert set(sizes) <= {1, 2, 4}
     assert sizes[-50:] == [1] * 50
     assert answers[1][-1].stats is not None
     assert answers[1][-1].stats.mode is SpeculationMode.OFF
-    assert "speculation with 4 nodes is slower than without" in caplog.text
+    assert "nodes is slower than without" in caplog.text
     # A tree asked for by name is used as it is.
     named = [o.stats.tree_nodes for o in answer("exact", PUBLISHED) if o.stats and not o.stats.is_prefill]
     assert named[0] == 64
