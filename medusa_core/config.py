@@ -11,6 +11,7 @@ EMBEDDED_MODEL = Path(__file__).parent / "assets" / "demo"
 TYPICAL_EPSILON = 0.09  # Medusa paper §2.3.1 and reference `posterior_threshold`
 TYPICAL_DELTA = 0.3  # its `posterior_alpha`, about sqrt(epsilon)
 
+COMPILE = ("auto", "on", "off")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_CONTEXT_LIMIT = 4096
 PREFILL_CHUNK = 512
@@ -65,6 +66,18 @@ class EngineConfig:
         env="MEDUSA_STATIC_TREE",
         shown="grown for the heads",
     )
+    compile: str = option(
+        "Compile the step: auto (behind, once for a machine), on (before serving) or off.",
+        MODEL_PANEL,
+        default="auto",
+        env="MEDUSA_COMPILE",
+    )
+    reproducible: bool = option(
+        "The same text with and without speculation in 16-bit types too.",
+        SPECULATION_PANEL,
+        default=True,
+        env="MEDUSA_REPRODUCIBLE",
+    )
     slots: int = 1
     prefill_chunk: int = PREFILL_CHUNK
     measure: bool = True  # time steps at start; without it nothing adapts and no speedup is estimated
@@ -73,6 +86,8 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, not {self.dtype!r}")
+        if self.compile not in COMPILE:
+            raise ConfigError(f"compile must be one of {', '.join(COMPILE)}, not {self.compile!r}")
         for name, low, high in (("slots", 1, 256), ("prefill_chunk", 1, 65536)):
             value = getattr(self, name)
             if not low <= value <= high:

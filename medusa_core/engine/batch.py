@@ -67,6 +67,7 @@ def make_batch(
     sampled = any(not sequence.params.is_greedy for sequence in sequences)
     rows = [_greedy_row(s) + _sampling_row(s, depth + 1) if sampled else _greedy_row(s) for s in sequences]
     packed = torch.tensor(rows, device=vocabulary_V.device)
+    draw = noise or partial(noise_of_keys, token_ids_V=vocabulary_V)
     return Batch(
         slots=tuple(sequence.slot for sequence in sequences),
         params=tuple(sequence.params for sequence in sequences),
@@ -78,7 +79,7 @@ def make_batch(
         roots_B=packed[:, 2],
         places_D=vocabulary_V[: depth + 1],
         sampling_B4=packed[:, 3:5].view(torch.float32) if sampled else None,
-        noise=Noise(packed[:, 5:], noise or partial(noise_of_keys, token_ids_V=vocabulary_V)) if sampled else None,
+        noise=Noise(packed[:, 5:], draw) if sampled else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Which of an engine's programs run compiled: found on disk, compiled now, or by another process meanwhile."""
+"""Which of an engine's programs run compiled: found on disk, compiled now, or by another process."""
 
 import json
 import logging
@@ -38,17 +38,16 @@ class Compilation:
         """Whether programs are being compiled by another process."""
         return self._child is not None
 
-    @property
-    def is_done(self) -> bool:
-        """Whether that process has ended and `take_over` was not called since."""
-        return self._child is not None and self._child.poll() is not None
+    def __str__(self) -> str:
+        names = sorted({type(s.program).__name__ for s in self._switches if s.compiled is not None})
+        return f"compiled {', '.join(names)}" if names else "as it is"
 
     @property
     def num_compiled(self) -> int:
         return sum(switch.compiled is not None for switch in self._switches)
 
     def compile(self, switches: Iterable[Switch]) -> None:
-        """Compile now what is missing on disk, whatever the mode; what cannot be is logged and runs as it is."""
+        """Compile now what is missing on disk; what cannot be compiled is logged and runs as it is."""
         for switch in switches:
             if self._library.has(switch.program):
                 continue
@@ -76,8 +75,9 @@ class Compilation:
         wanted = asdict(replace(config, compile="on", measure=False, slots=1))
         command = [sys.executable, "-m", ENTRY, json.dumps([model, heads, wanted])]
         environment = os.environ | {"OMP_NUM_THREADS": CHILD_THREADS}
-        logger.info("the step is compiled in the background, once for this machine; until then it runs as it is")
-        self._child = subprocess.Popen(  # our own module, with arguments of our own  # nosec B603
+        logger.info("the step is being compiled in the background, once for this machine")
+        # Our own module, with arguments of our own.
+        self._child = subprocess.Popen(  # noqa: S603  # nosec B603
             command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
         )
 
@@ -86,7 +86,7 @@ class Compilation:
         if self._child is None or self._child.poll() is None:
             return False
         if self._child.returncode != 0:
-            logger.warning("compiling the step failed (exit status %d): it runs as it is", self._child.returncode)
+            logger.warning("compiling the step failed (exit status %d)", self._child.returncode)
         self._child = None
         before = self.num_compiled
         for switch in self._missing:

@@ -36,11 +36,14 @@ from medusa_core.draft.tree_size import (
 from medusa_core.engine.adaptive_size import AdaptiveTreeSizes
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch
+from medusa_core.engine.compilation import Compilation
 from medusa_core.engine.emit import decode_stats, emit, failed
 from medusa_core.engine.outputs import StepOutput, StepStats
 from medusa_core.engine.planner import StepPlanner
-from medusa_core.engine.runner import EagerRunner
+from medusa_core.engine.runner import EagerRunner, Runner
 from medusa_core.engine.sequence import Sequence
+from medusa_core.engine.static_model import pack_weights, prepare_static
+from medusa_core.engine.static_runner import StaticRunner, padded_size
 from medusa_core.engine.step import RowResult, decode_step, first_root
 from medusa_core.engine.step_timer import StepTimer
 from medusa_core.engine.step_times import StepTimes
@@ -51,12 +54,14 @@ from medusa_core.loading.loader import EngineParts, calibration_or_default, load
 from medusa_core.loading.progress import LoadProgress, OnStage
 from medusa_core.model.backbone import Backbone
 from medusa_core.model_info import ModelInfo
+from medusa_core.programs.switch import Switch
 from medusa_core.request import Request
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
 from medusa_core.text.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
+DRAFT_SIZES = (16, 8, 12, 24, 32)  # trees that are drafted by compiled programs
 DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
 Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
 
@@ -71,29 +76,18 @@ class Engine:
         self._names = (parts.model_name, parts.heads_name)
         static_tree = load_static_tree(config.static_tree, parts.heads)
         progress.enter(f"cache of {config.slots} x {self.context_length} tokens")
-        capacity = self.context_length + scratch_rows(parts.heads, static_tree, config.tree_nodes)
+        scratch = padded_size(scratch_rows(parts.heads, static_tree, config.tree_nodes))
+        capacity = self.context_length + scratch + 1  # programs never look at the whole of it
         self._cache = self.backbone.new_cache(config.slots, capacity)
         self.head_source = self._make_head_source(parts, static_tree, capacity)
         self._sources = build_sources(self.head_source)
-        self._runner = EagerRunner(self.backbone, self._cache)
         self._vocabulary_V = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
+        self._compilation = Compilation(config.compile)
+        self._runner = self._make_runner(progress)
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
         if config.measure:
             progress.enter("measuring step times")
-        timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source, "eager")
-        self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
-        self.tree_nodes = self._choose_tree_nodes()
-        if (reason := self._explain_tree()) is not None:
-            logger.info("%s", reason)
-        # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
-        sizes = AdaptiveTreeSizes(
-            self.step_times,
-            self.head_source.calibration if self.head_source else None,
-            head_nodes=self.tree_nodes,
-            ngram_nodes=config.tree_nodes or max(self.tree_nodes, NGRAM_NODES),
-            most_nodes=config.tree_nodes,
-        )
-        self._planner = StepPlanner(self._sources, sizes, self.context_length)
+        self._plan_by_times()
 
     @classmethod
     def from_pretrained(
@@ -114,7 +108,9 @@ class Engine:
         """
         config = config or EngineConfig()
         parts = load_parts(model, heads, config, calibrated=calibrated, on_stage=on_stage)
-        return cls(parts, config, on_stage)
+        engine = cls(parts, config, on_stage)
+        engine._compilation.start_behind(str(model), None if heads is None else str(heads), config)
+        return engine
 
     @classmethod
     def from_parts(
@@ -220,6 +216,22 @@ class Engine:
             self.abort(sequence.request_id)
         return [output]
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether another process compiles the step, which `upkeep` then takes over."""
+        return self._compilation.is_running
+
+    def upkeep(self) -> None:
+        """Between requests: run the compiled step from now on, if it has become ready.
+
+        Not while a request runs: each is answered by one implementation from its first token to its last.
+        """
+        if self.has_work or not self._compilation.take_over():
+            return
+        logger.info("the step runs compiled from now on: %s", self._compilation)
+        if self.config.measure:
+            self._plan_by_times()
+
     def chat(self, messages: SequenceOf[Mapping[str, str]], params: SamplingParams | None = None) -> Answer:
         """The whole answer to a conversation. Without `params` the model's own sampling defaults hold."""
         return self.stream(messages, params).read()
@@ -262,6 +274,7 @@ class Engine:
     def _check_idle(self) -> None:
         if self.has_work:
             raise CapacityError("this needs an idle engine; beside running requests use add() and step()")
+        self.upkeep()
 
     @torch.inference_mode()
     def _advance(self, sequence: Sequence) -> StepOutput:
@@ -331,7 +344,7 @@ class Engine:
         timer.mark()
         assert sequence.num_cached == self._cache.lengths[sequence.slot]
         plan = self._planner.plan(sequence)
-        batch = make_batch([sequence], [plan.nodes], plan.depth, self._vocabulary_V)
+        batch = make_batch([sequence], [plan.nodes], plan.depth, self._vocabulary_V, self._runner.noise)
         result = decode_step(self._runner, batch, plan.source, timer)
         [row] = result.rows
         self._commit(sequence, row, result.hidden_BTE[0])
@@ -362,10 +375,58 @@ class Engine:
         if parts.heads is None:
             return None
         calibration = calibration_or_default(parts.calibration, parts.heads)
-        trees = HeadTrees(parts.heads, calibration, self.backbone.device, static_tree)
+        vocab_size = self.backbone.vocab_size
+        trees = HeadTrees(parts.heads, calibration, self.backbone.device, static_tree, vocab_size)
         shape = parts.heads.cache_shape
         cache = None if shape is None else self.backbone.new_cache(self.config.slots, capacity, shape)
         return HeadSource(trees, cache)
+
+    def _make_runner(self, progress: LoadProgress) -> Runner:
+        """Programs of static shapes on a CPU, if the model can run by them."""
+        backbone = self.backbone
+        eager = EagerRunner(backbone, self._cache)
+        if backbone.device.type != "cpu":
+            return eager
+        reason = prepare_static(backbone, self.heads, reproducible=self.config.reproducible)
+        if reason is not None:
+            logger.warning("the step runs eagerly, and uncompiled: %s", reason)
+            return eager
+        runner = StaticRunner(backbone, self._cache)
+        switches = [*runner.programs, *self._draft_switches()]
+        if self.config.compile == "on":
+            progress.enter("compiling the step, unless that was done before")
+            self._compilation.compile(switches)
+        pack_weights(backbone, self.heads)
+        for switch in switches:
+            self._compilation.add(switch)
+        if self.head_source is not None:
+            self.head_source.trees.on_new(self._compilation.add)
+        return runner
+
+    def _draft_switches(self) -> list[Switch]:
+        """Of the trees that requests are given where they name none."""
+        if self.head_source is None:
+            return []
+        sizes = DRAFT_SIZES if self.config.tree_nodes is None else (self.config.tree_nodes,)
+        return [self.head_source.trees.drafter(DYNAMIC, nodes).run for nodes in sizes if nodes > 1]
+
+    def _plan_by_times(self) -> None:
+        """Time the step as it runs now, and choose the tree."""
+        config, name = self.config, str(self._compilation)
+        timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source, name)
+        self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
+        self.tree_nodes = self._choose_tree_nodes()
+        if (reason := self._explain_tree()) is not None:
+            logger.info("%s", reason)
+        # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
+        sizes = AdaptiveTreeSizes(
+            self.step_times,
+            self.head_source.calibration if self.head_source else None,
+            head_nodes=self.tree_nodes,
+            ngram_nodes=config.tree_nodes or max(self.tree_nodes, NGRAM_NODES),
+            most_nodes=config.tree_nodes,
+        )
+        self._planner = StepPlanner(self._sources, sizes, self.context_length)
 
     def _choose_tree_nodes(self) -> int:
         if self.head_source is None:

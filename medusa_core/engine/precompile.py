@@ -1,4 +1,4 @@
-"""Process that compiles an engine's programs into the cache folder, then ends: started by a serving engine."""
+"""Process that compiles an engine's programs into the cache folder, started by a serving engine."""
 
 import json
 import logging

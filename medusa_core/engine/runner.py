@@ -16,7 +16,7 @@ from medusa_core.draft.draft_tree import DraftTree
 from medusa_core.engine.acceptance import longest_path, match_drafts, typical_drafts
 from medusa_core.engine.batch import Batch
 from medusa_core.engine.logits_processors import NodePaths
-from medusa_core.engine.sampling import draw_tokens
+from medusa_core.engine.sampling import NoiseOfKeys, draw_tokens
 from medusa_core.model.backbone import Backbone, BackboneOutput
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.sampling_params import SpeculationMode
@@ -38,6 +38,10 @@ class Decision:
 class Runner(Protocol):
     """Runs a step's two phases. Nothing is decided on the host inside of one."""
 
+    @property
+    def noise(self) -> NoiseOfKeys | None:
+        """What draws the noise; None: `noise_of_keys`."""
+
     def fit(self, tree: DraftTree) -> DraftTree:
         """The tree in a size that this runner runs: padded with nodes that are on no path."""
 
@@ -54,6 +58,8 @@ class Runner(Protocol):
 
 class EagerRunner:
     """Operation by operation, on any device."""
+
+    noise: NoiseOfKeys | None = None
 
     def __init__(self, backbone: Backbone, cache: KVCache) -> None:
         self._backbone, self._cache = backbone, cache

@@ -70,12 +70,13 @@ class Noise:
 
     def first(self, count: int) -> Tensor:
         """Of the first `count` positions [B, count, V]; what is drawn once is kept."""
-        known = 0 if self._rows_BPV is None else self._rows_BPV.shape[1]
+        if self._rows_BPV is None:
+            self._rows_BPV = self._draw(self.keys_BP[:, : max(2, count)])
+        known = self._rows_BPV.shape[1]
         if count > known:
-            first = max(0, min(known, count - 2))  # two at least, as compiled programs want it
-            rows = self._draw(self.keys_BP[:, first:count])
-            self._rows_BPV = rows if first == 0 else torch.cat([self._rows_BPV[:, :first], rows], dim=1)
-        assert self._rows_BPV is not None
+            first = min(known, count - 2)  # two at least, as compiled programs want it
+            more = self._draw(self.keys_BP[:, first:count])
+            self._rows_BPV = torch.cat([self._rows_BPV[:, :first], more], dim=1)
         return self._rows_BPV[:, :count]
 
 

@@ -1,4 +1,4 @@
-"""Runs a step by programs of static shapes, each compiled or as it is; a step that they cannot decide, eagerly.
+"""Runs a step by programs of static shapes, each compiled or as it is.
 
 Shapes: B rows, T tree nodes, D tree depth, W columns, V vocabulary, E hidden size.
 """
@@ -13,6 +13,7 @@ from medusa_core.engine.accept_program import AcceptProgram
 from medusa_core.engine.batch import Batch
 from medusa_core.engine.noise_program import NoiseProgram
 from medusa_core.engine.runner import EagerRunner
+from medusa_core.engine.sampling import NoiseOfKeys
 from medusa_core.model.backbone import Backbone, BackboneOutput
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.model.static_rows import bucket, layers_of
@@ -44,8 +45,11 @@ class StaticRunner:
         """What can be compiled, the most useful first."""
         return (self._verify, self._noise, self._sampled, self._greedy)
 
-    def noise(self, keys_BP: Tensor) -> Tensor:
-        """`noise_of_keys` for the whole vocabulary."""
+    @property
+    def noise(self) -> NoiseOfKeys | None:
+        return self._draw
+
+    def _draw(self, keys_BP: Tensor) -> Tensor:
         return self._noise(keys_BP)[0]
 
     def fit(self, tree: DraftTree) -> DraftTree:
@@ -89,7 +93,7 @@ class StaticRunner:
         else:
             (packed_BX,) = self._sampled(*inputs, batch.sampling_B4, noise_BPV)
         rows: list[list[int]] = packed_BX.tolist()
-        if any(row[-1] for row in rows):  # a filter has to look at the whole vocabulary: a few steps in a hundred
+        if any(row[-1] for row in rows):  # a filter must look at the whole vocabulary
             return self._eager.accept(batch, tree, output)
         return [row[:-1] for row in rows]
 

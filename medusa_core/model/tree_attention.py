@@ -1,10 +1,10 @@
 """Attention of a tree's nodes over their slot's rows, through transformers' attention interface.
 
-A node's ancestors lie at other columns than the same tokens would after they were committed, and a kernel that
-rounds in between, or sums in blocks, lets that show in the last bits. Here every number is the same wherever a
-row or column lies: scores are float32 products of one row with one column each, sums of exponentials are taken
-in float64, and values are summed column by column, one after the other: what is not visible adds a zero in
-between, which changes nothing.
+A node's ancestors lie at other columns than the same tokens would after they were committed, and a kernel
+that rounds in between, or sums in blocks, lets that show in the last bits. Here every number is the same
+wherever a row or column lies: scores are float32 products of one row with one column each, sums of
+exponentials are taken in float64, and values are summed column by column, one after the other: what is not
+visible adds a zero in between, which changes nothing.
 
 Shapes: B rows, T nodes, H query heads, K key/value heads, G = H / K, W columns, D head dimension.
 """
@@ -36,8 +36,9 @@ def tree_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Queries [B, H, T, D] over keys and values [B, K, W, D] -> [B, T, H, D].
 
-    Boolean masks [B, 1, T, W] (True: visible) are a tree's; whatever has another mask, or none, is attended to
-    as transformers does with `sdpa`. `weighted_sum`: weights [B, K, N, W], values [B, K, W, D] -> [B, K, N, D].
+    Boolean masks [B, 1, T, W] (True: visible) are a tree's; whatever has another mask, or none, is attended
+    to as transformers does with `sdpa`. `weighted_sum` of weights [B, K, N, W] and values [B, K, W, D] is
+    [B, K, N, D].
     """
     if attention_mask is None or attention_mask.dtype is not torch.bool:
         return sdpa_attention_forward(
@@ -68,8 +69,11 @@ def _at_once(weights: Tensor, value: Tensor) -> Tensor:
     return weights @ value.float()
 
 
-def use_tree_attention(model: PreTrainedModel, *, reproducible: bool = True) -> None:
-    """Have the model's layers attend through `tree_attention`. Raises `ValueError` if they cannot."""
+def use_tree_attention(model: PreTrainedModel, *, reproducible: bool = True) -> str:
+    """Have the model's layers attend through `tree_attention`; returns what they did before.
+
+    Raises `ValueError` if they cannot.
+    """
     for name, weighted_sum in ((REPRODUCIBLE, _one_by_one), (FAST, _at_once)):
         ALL_ATTENTION_FUNCTIONS.register(name, partial(tree_attention, weighted_sum))
         ALL_MASK_ATTENTION_FUNCTIONS.register(name, sdpa_mask)
@@ -77,3 +81,9 @@ def use_tree_attention(model: PreTrainedModel, *, reproducible: bool = True) -> 
     if current not in ("sdpa", REPRODUCIBLE, FAST):
         raise ValueError(f"its attention is {current!r}, not 'sdpa'")
     model.set_attn_implementation(REPRODUCIBLE if reproducible else FAST)
+    return str(current)
+
+
+def restore_attention(model: PreTrainedModel, name: str) -> None:
+    """Attend as before `use_tree_attention`."""
+    model.set_attn_implementation(name)

@@ -16,9 +16,7 @@ class CompiledProgram:
     def __init__(self, folder: Path, program: Program) -> None:
         """Raises `RuntimeError` if the library does not fit the module or cannot be loaded."""
         constants = constants_of(program) | load_file(str(folder / LITERALS))
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
-            str(folder / PACKAGE), "model", False, 1, -1
-        )
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / PACKAGE), "model", False, 1, -1)
         names = self._loader.get_constant_fqns()
         unknown = [name for name in names if name not in constants]
         if unknown:

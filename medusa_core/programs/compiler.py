@@ -1,4 +1,4 @@
-"""Compiles a program ahead of time, for any weights of the same shapes: they are handed over when it is loaded.
+"""Compiles a program ahead of time, for any weights of the same shapes: they are given when it is loaded.
 
 torch.export traces it, AOTInductor makes C++ of it, and a C++ compiler a library. Takes tens of seconds.
 """
@@ -30,7 +30,7 @@ def missing_compiler() -> str | None:
 
     try:
         get_cpp_compiler()
-    except Exception as error:
+    except RuntimeError as error:
         return f"no C++ compiler ({str(error).splitlines()[0]})"
     return None
 
@@ -59,11 +59,9 @@ def _compile(program: Program, folder: Path) -> None:
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    torch._inductor.aoti_compile_and_package(  # type: ignore[attr-defined]
+    torch._inductor.aoti_compile_and_package(
         traced, package_path=str(folder / PACKAGE), inductor_configs=OPTIONS
     )
     known = constants_of(program)
-    literals = {
-        name: value.detach().clone() for name, value in traced.constants.items() if name not in known
-    }
+    literals = {name: value.detach().clone() for name, value in traced.constants.items() if name not in known}
     save_file(literals, str(folder / LITERALS))

@@ -1,4 +1,4 @@
-"""Where compiled programs come from: a folder on disk, in which they are looked up by what they are made of."""
+"""Where compiled programs come from: a folder, where they are looked up by what they are made of."""
 
 import logging
 import shutil
@@ -26,6 +26,7 @@ class ProgramLibrary:
     def __init__(self, folder: Path | None = None) -> None:
         base = folder or cache_folder()
         self._folder = None if base is None else base / FOLDER
+        self._keys: dict[Program, str] = {}
 
     def find(self, program: Program) -> CompiledProgram | None:
         """The compiled program, with the weights that the module has now; None if there is none that fits."""
@@ -38,6 +39,13 @@ class ProgramLibrary:
             logger.warning("a compiled program is discarded: %s", error)
             shutil.rmtree(folder, ignore_errors=True)
             return None
+
+    def can_compile(self) -> bool:
+        """Whether there is a compiler, and a folder for what it makes; else the log says what is missing."""
+        reason = missing_compiler() if self._folder else "no folder for what is compiled"
+        if reason is not None:
+            logger.info("the step is not compiled: %s", reason)
+        return reason is None
 
     def has(self, program: Program) -> bool:
         """Whether it was compiled, by this process or another."""
@@ -60,5 +68,8 @@ class ProgramLibrary:
             raise RuntimeError(f"{type(program).__name__}: {type(error).__name__}: {error}") from error
 
     def _place(self, program: Program) -> Path | None:
-        return None if self._folder is None else self._folder / program_key(program)
-
+        if self._folder is None:
+            return None
+        if program not in self._keys:
+            self._keys[program] = program_key(program)
+        return self._folder / self._keys[program]

@@ -29,7 +29,7 @@ class Program(nn.Module):
         raise NotImplementedError
 
     def sizes(self) -> tuple[Any, ...]:
-        """For each argument which dimensions vary: {dimension: `torch.export.Dim`}, or None; a list for a list."""
+        """For each argument its sizes that vary, {dimension: torch.export.Dim} or None; a list for a list."""
         return tuple(
             None if isinstance(argument, Tensor) else [None] * len(argument) for argument in self.example()
         )
@@ -50,8 +50,6 @@ def constants_of(program: nn.Module) -> dict[str, Tensor]:
     """Every parameter and buffer by its full name; what has several names is under each of them."""
     named = (program.named_parameters, program.named_buffers)
     return {name: tensor.detach() for each in named for name, tensor in each(remove_duplicate=False)}
-
-
 
 
 def node_sizes() -> Any:

@@ -15,6 +15,10 @@ from medusa_core.programs.program import Program, constants_of
 
 AnyProgram = TypeVar("AnyProgram", bound=Program)
 PACKAGE = Path(__file__).parents[1]
+SOURCES = (
+    *("programs/*.py", "model/*.py", "draft/*.py", "engine/*_program.py"),
+    *("engine/acceptance.py", "engine/logits_processors.py", "engine/sampling.py"),
+)
 
 
 def skeleton_of(program: AnyProgram) -> AnyProgram:
@@ -55,8 +59,9 @@ def _shape(argument: object) -> object:
 
 @cache
 def _source_hash() -> str:
-    """Of this package's code: a compiled program is as old as what it was compiled from."""
+    """Of the code that programs are made of: a compiled one is as old as what it was compiled from."""
     digest = hashlib.sha256()
-    for path in sorted(PACKAGE.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for pattern in SOURCES:
+        for path in sorted(PACKAGE.glob(pattern)):
+            digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -1,7 +1,5 @@
 """A program as it is called: compiled once that is there, until then as it is."""
 
-from typing import cast
-
 from torch import Tensor
 
 from medusa_core.programs.compiled import CompiledProgram
@@ -19,4 +17,4 @@ class Switch:
         if self.compiled is not None and len(arguments[0]) == 1:
             return self.compiled(*arguments)
         result: Tensor | tuple[Tensor, ...] = self.program(*arguments)
-        return (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", result)
+        return (result,) if isinstance(result, Tensor) else result
