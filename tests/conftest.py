@@ -19,6 +19,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Nothing of the user's cache is read or written, by servers that tests start either; one for all processes.
 os.environ.pop("MEDUSA_CACHE_DIR", None)
+# Servers compile nothing, unless a test says so: a dozen would do so at once.
+os.environ["MEDUSA_COMPILE"] = "off"
 if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="medusa-tests-")
     atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -21,6 +21,7 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig, resolve_context_len
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.draft_tree import Origin
 from medusa_core.draft.head_source import HeadSource
+from medusa_core.draft.head_stack import HeadStack
 from medusa_core.draft.head_trees import DYNAMIC, STATIC, HeadTrees
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed
@@ -74,6 +75,7 @@ class Engine:
         self.config, self.backbone, self.chat_tokenizer = config, parts.backbone, parts.chat
         self.context_length = resolve_context_length(config.max_length, parts.backbone.max_positions)
         self._names = (parts.model_name, parts.heads_name)
+        self._origin: tuple[str, str | None] | None = None  # what another process can load
         static_tree = load_static_tree(config.static_tree, parts.heads)
         progress.enter(f"cache of {config.slots} x {self.context_length} tokens")
         scratch = padded_size(scratch_rows(parts.heads, static_tree, config.tree_nodes))
@@ -109,7 +111,7 @@ class Engine:
         config = config or EngineConfig()
         parts = load_parts(model, heads, config, calibrated=calibrated, on_stage=on_stage)
         engine = cls(parts, config, on_stage)
-        engine._compilation.start_behind(str(model), None if heads is None else str(heads), config)
+        engine._origin = (str(model), None if heads is None else str(heads))
         return engine
 
     @classmethod
@@ -215,6 +217,14 @@ class Engine:
         else:
             self.abort(sequence.request_id)
         return [output]
+
+    def compile_behind(self) -> None:
+        """With `compile` "auto": compile what is missing in another process, for `upkeep` to take over.
+
+        For an engine of `from_pretrained` that goes on for longer than that takes, about a minute.
+        """
+        if self._origin is not None:
+            self._compilation.start_behind(*self._origin, self.config)
 
     @property
     def is_compiling(self) -> bool:
@@ -399,13 +409,13 @@ class Engine:
         pack_weights(backbone, self.heads)
         for switch in switches:
             self._compilation.add(switch)
-        if self.head_source is not None:
+        if self.head_source is not None and isinstance(self.heads, HeadStack):
             self.head_source.trees.on_new(self._compilation.add)
         return runner
 
     def _draft_switches(self) -> list[Switch]:
-        """Of the trees that requests are given where they name none."""
-        if self.head_source is None:
+        """Of the trees that requests are given where they name none; heads of others run as they are."""
+        if self.head_source is None or not isinstance(self.heads, HeadStack):
             return []
         sizes = DRAFT_SIZES if self.config.tree_nodes is None else (self.config.tree_nodes,)
         return [self.head_source.trees.drafter(DYNAMIC, nodes).run for nodes in sizes if nodes > 1]

@@ -64,13 +64,13 @@ def decode_step(runner: Runner, batch: Batch, source: DraftSource | None, timer:
     timer.mark()
     output = runner.verify(batch, tree)
     timer.mark()
-    rows = [_unpack(row, tree.max_depth + 1) for row in runner.accept(batch, tree, output)]
+    rows = [unpack(row, tree.max_depth + 1) for row in runner.accept(batch, tree, output)]
     timer.mark()
     propose, verify, commit = timer.seconds()
     return StepResult(rows, output.hidden_BTE, proposed.size, propose, verify, commit)
 
 
-def _unpack(row: list[int], width: int) -> RowResult:
+def unpack(row: list[int], width: int) -> RowResult:
     """Of `Runner.accept`; `width` is D + 1."""
     path, on_path, origins = row[:width], row[width : 2 * width], row[2 * width : 3 * width]
     count, next_root = row[3 * width : 3 * width + 2]

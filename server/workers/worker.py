@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 START_FAILED_EXIT = 3
+UPKEEP_MILLISECONDS = 1000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,7 @@ class WorkerLoop:
         while True:
             if not self._engine.has_work:
                 self._sleep()
+                self._engine.upkeep()
             while self._readable.poll(0):
                 command = decode_command(self._commands.recv_bytes())
                 if isinstance(command, Shutdown):
@@ -97,8 +99,9 @@ class WorkerLoop:
             self._outbox.flush()
 
     def _sleep(self) -> None:
-        """Until there is a command, or room in the pipe for what is left to send."""
-        (self._any if self._outbox.has_backlog else self._readable).poll()
+        """Until there is a command, room in the pipe for what is left to send, or time for upkeep."""
+        poll = self._any if self._outbox.has_backlog else self._readable
+        poll.poll(UPKEEP_MILLISECONDS if self._engine.is_compiling else None)
 
     def _step(self) -> None:
         outputs = self._engine.step()
@@ -144,6 +147,7 @@ def worker_main(config: WorkerConfig, generation: int, commands: Connection, eve
         engine = _build_engine(config, events)
         outbox = FrameWriter(events)  # only now: what is told while it loads may block
         outbox.put(encode(Ready(_clipped(engine.info))))
+        engine.compile_behind()
         WorkerLoop(engine, commands, outbox, client_ids).run()
     except (EOFError, BrokenPipeError):
         logger.debug("worker %d leaves: the API process is gone", generation)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from medusa_core.draft.draft_tree import DraftTree, Origin, stack_rows
+from medusa_core.engine.accept_program import AcceptProgram
 from medusa_core.engine.batch import Batch, make_batch
 from medusa_core.engine.runner import EagerRunner
 from medusa_core.engine.sequence import Sequence
-from medusa_core.engine.step import RowResult, read_rows
+from medusa_core.engine.step import RowResult, unpack
 from medusa_core.model.backbone import Backbone, BackboneOutput
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.request import Request
@@ -61,6 +62,15 @@ class Case:
         if batch.sampling_B4 is None or noise_BPV is None:
             return tensors
         return *tensors, batch.sampling_B4, noise_BPV
+
+
+def accept_program(backbone: Backbone, *, sampled: bool = True) -> AcceptProgram:
+    return AcceptProgram(backbone.verify_facts.cache, VOCAB, torch.float32, sampled=sampled)
+
+
+def as_tensor(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """Compiled programs return tuples."""
+    return result if isinstance(result, Tensor) else result[0]
 
 
 def random_tree(rng: random.Random, size: int, max_depth: int) -> DraftTree:
@@ -115,15 +125,8 @@ def read_packed(packed: Tensor, case: Case) -> list[tuple[RowResult, bool]]:
     """What the program's result says of each row, and whether it is undecided."""
     width, results = case.tree.max_depth + 1, []
     for row in packed.tolist():
-        path, tokens, origins = row[:width], row[width : 2 * width], row[2 * width : 3 * width]
-        count, next_root, *depths, undecided = row[3 * width :]
-        result = RowResult(
-            path=path[: count + 1],
-            token_ids=[*tokens[1 : count + 1], next_root],
-            origins=[*map(Origin, origins[1 : count + 1]), Origin.MODEL],
-            drafted=tuple(depths.count(depth) for depth in range(1, width)),
-        )
-        results.append((result, bool(undecided)))
+        *decided, undecided = row
+        results.append((unpack(decided, width), bool(undecided)))
     return results
 
 
@@ -131,11 +134,12 @@ def check_step(program: Program, case: Case, backbone: Backbone) -> list[bool]:
     """Run both on the same keys and values; returns which rows are undecided."""
     storage = case.cache.storage_L2BHCD
     before = storage.clone()
-    results = read_packed(program(*case.tensors()), case)
+    results = read_packed(as_tensor(program(*case.tensors())), case)
     moved = storage.clone()
     storage.copy_(before)
     runner = EagerRunner(backbone, case.cache)
-    expected = read_rows(case.tree, runner.accept(case.batch, case.tree, case.output))
+    width = case.tree.max_depth + 1
+    expected = [unpack(row, width) for row in runner.accept(case.batch, case.tree, case.output)]
     undecided = [flag for _, flag in results]
     assert [row for row, flag in results if not flag] == [
         row for row, flag in zip(expected, undecided, strict=True) if not flag

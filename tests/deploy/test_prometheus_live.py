@@ -112,6 +112,7 @@ def monitoring(prometheus, tmp_path_factory):
     server, target, url = (f"http://127.0.0.1:{api}", f"127.0.0.1:{operations}", f"http://127.0.0.1:{port}")
     config = shipped_config(folder / "prometheus", target)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MEDUSA_")}
+    environment["MEDUSA_COMPILE"] = "off"
     medusa = [sys.executable, "-c", "from server.cli import main; main()", "serve", "--port", api]
     medusa += ["--metrics-port", operations, "--queue-limit", 2, "--max-length", 512]
     scraper = [prometheus, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]

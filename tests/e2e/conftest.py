@@ -232,6 +232,7 @@ def _medusa(flags: tuple[str, ...], environment: dict[str, str]) -> subprocess.P
     return subprocess.Popen(
         [sys.executable, "-c", "from server.cli import main; main()", "serve", *flags],
         env={name: value for name, value in os.environ.items() if not name.startswith("MEDUSA_")}
+        | {"MEDUSA_COMPILE": "off"}
         | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

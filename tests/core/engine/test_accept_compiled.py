@@ -9,12 +9,22 @@ from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
 from torch.export import Dim
 
-from medusa_core.engine.accept_program import AcceptProgram
 from medusa_core.engine.noise_program import NoiseProgram
 from medusa_core.engine.sampling import noise_keys, noise_of_keys
 from medusa_core.model.backbone import Backbone
 from medusa_core.sampling_params import SamplingParams
-from tests.core.accepting import FILTERED, GREEDY, UNFILTERED, VOCAB, Program, check_step, make_case, rows_of
+from tests.core.accepting import (
+    FILTERED,
+    GREEDY,
+    UNFILTERED,
+    VOCAB,
+    Program,
+    accept_program,
+    as_tensor,
+    check_step,
+    make_case,
+    rows_of,
+)
 
 TREE, PLACES, POSITIONS = Dim("T", min=2, max=1024), Dim("D1", min=2, max=65), Dim("P", min=2, max=65)
 # As `AcceptProgram.forward` takes them; without the last two if all rows are greedy.
@@ -70,9 +80,8 @@ def test_it_decides_what_the_eager_runner_decides(
         return [(UNFILTERED + FILTERED)[seed % 8], *rows_of(rows - 1, seed)]
 
     example = make_case(tiny_backbone, 0, params(0)).tensors()
-    program = compile_program(
-        AcceptProgram(), example, ACCEPT_SHAPES[: len(example)], tmp_path / "accept.pt2"
-    )
+    accept = accept_program(tiny_backbone, sampled=kind == "sampled")
+    program = compile_program(accept, example, ACCEPT_SHAPES[: len(example)], tmp_path / "accept.pt2")
     flags = []
     with torch.inference_mode():
         for seed in range(100):
@@ -87,4 +96,4 @@ def test_it_draws_the_eager_noise(tmp_path: Path) -> None:
     program = compile_program(NoiseProgram(vocabulary), (example,), ({1: POSITIONS},), tmp_path / "noise.pt2")
     for count in (2, 5, 65):
         keys = torch.tensor([noise_keys(2**64 - count, range(count))])
-        assert torch.equal(program(keys), noise_of_keys(keys, vocabulary))
+        assert torch.equal(as_tensor(program(keys)), noise_of_keys(keys, vocabulary))

@@ -14,6 +14,7 @@ from tests.core.accepting import (
     GREEDY,
     UNFILTERED,
     VOCAB,
+    accept_program,
     check_step,
     make_case,
     read_packed,
@@ -27,7 +28,7 @@ from tests.core.conftest import speculate
 def test_it_decides_what_the_eager_runner_decides(
     tiny_backbone: Backbone, rows: int, dtype: torch.dtype
 ) -> None:
-    program, flags = AcceptProgram(), []
+    program, flags = accept_program(tiny_backbone), []
     with torch.inference_mode():
         for seed in range(120):
             case = make_case(tiny_backbone, seed, rows_of(rows, seed), dtype)
@@ -40,7 +41,7 @@ def test_it_decides_what_the_eager_runner_decides(
 def test_without_filters_it_always_decides(tiny_backbone: Backbone, params: SamplingParams) -> None:
     for seed in range(20):
         case = make_case(tiny_backbone, seed, [params] * 2)
-        assert check_step(AcceptProgram(), case, tiny_backbone) == [False, False]
+        assert check_step(accept_program(tiny_backbone), case, tiny_backbone) == [False, False]
 
 
 @torch.inference_mode()
@@ -48,8 +49,8 @@ def test_the_first_of_equally_likely_tokens_is_greedy(tiny_backbone: Backbone) -
     case = make_case(tiny_backbone, 1, [GREEDY])
     case.output.logits_BTV.round_()
     case.output.logits_BTV[..., [50, 70]] = 30.0
-    assert check_step(AcceptProgram(), case, tiny_backbone) == [False]
-    [(result, _)] = read_packed(AcceptProgram()(*case.tensors()), case)
+    assert check_step(accept_program(tiny_backbone), case, tiny_backbone) == [False]
+    [(result, _)] = read_packed(accept_program(tiny_backbone)(*case.tensors()), case)
     assert result.token_ids[-1] == 50
 
 
@@ -60,7 +61,7 @@ def test_one_undecided_row_keeps_every_row_in_its_place(tiny_backbone: Backbone)
     seen = set()
     for seed in range(10):
         case = make_case(tiny_backbone, seed, [GREEDY, strict, UNFILTERED[0]])
-        undecided = check_step(AcceptProgram(), case, tiny_backbone)
+        undecided = check_step(accept_program(tiny_backbone), case, tiny_backbone)
         assert (undecided[0], undecided[2]) == (False, False)
         seen.add(undecided[1])
     assert True in seen
@@ -69,7 +70,7 @@ def test_one_undecided_row_keeps_every_row_in_its_place(tiny_backbone: Backbone)
 @torch.inference_mode()
 def test_no_value_is_looked_at(tiny_backbone: Backbone) -> None:
     case = make_case(tiny_backbone, 1, [GREEDY, *FILTERED[:2]])
-    packed = AcceptProgram()(*(tensor.to("meta") for tensor in case.tensors()))
+    packed = accept_program(tiny_backbone)(*(tensor.to("meta") for tensor in case.tensors()))
     assert packed.shape == (3, 3 * (case.tree.max_depth + 1) + 2 + case.tree.size + 1)
 
 

@@ -65,7 +65,7 @@ def test_no_value_is_looked_at(
         tree = root_tree(batch.roots_B)
     else:
         heads = copy.deepcopy(heads_that_know(kind)).to(META)  # type: ignore[attr-defined]
-        heads._embed = meta_backbone.embed
+        heads._borrowed = (meta_backbone.embed,)
         source = head_source(heads, slots=2, capacity=200, device=META)
         for sequence in sequences:
             source.start(sequence.slot)
@@ -74,7 +74,7 @@ def test_no_value_is_looked_at(
         depth = source.max_depth(params.speculation, 12)
         batch = make_batch(sequences, [12, 12], depth, vocabulary)
         tree = source.propose(batch)
-    decision = runner.accept(batch, tree, runner.verify(batch, tree))
+    decision = runner.decide(batch, tree, runner.verify(batch, tree))
     assert decision.path_BD.shape == (2, tree.max_depth + 1)
     assert decision.next_roots_B.device == META
     with pytest.raises((RuntimeError, NotImplementedError)):
