@@ -26,15 +26,11 @@ class AcceptProgram(nn.Module):
 
     @staticmethod
     def can_take(params: SamplingParams) -> bool:
-        """Whether this decides a request's rows, apart from processors that are not of its parameters.
+        """Whether this decides a request's rows, processors that are not of its parameters aside.
 
-        Not typical acceptance; and not top-p after top-k, which renormalizes what top-k left.
+        All but typical acceptance.
         """
-        if params.is_greedy:
-            return True
-        if params.speculation.mode is SpeculationMode.TYPICAL:
-            return False
-        return params.top_k == 0 or params.top_p == 1.0
+        return params.is_greedy or params.speculation.mode is not SpeculationMode.TYPICAL
 
     def forward(  # noqa: PLR0913 - a compiled program takes its tensors one by one
         self,
@@ -56,7 +52,7 @@ class AcceptProgram(nn.Module):
         Per row: path, its tokens, its origins (D + 1 each, the root again beyond the accepted drafts), number
         of accepted drafts, next root, depths of all nodes, 1 if undecided. `places_D`: 0..D. `sampling_B4`:
         temperature, top_k, top_p, min_p (0, 0, 1, 0 are off), with `noise_BPV` of the positions after the
-        root; both absent if all rows are greedy. `storage_L2BHCD` is changed in place.
+        root; both absent if all rows are greedy. All are contiguous; `storage_L2BHCD` is changed in place.
         """
         logits_BTV = logits_BTV.float()
         if sampling_B4 is None or noise_BPV is None:
