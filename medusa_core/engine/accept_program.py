@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from medusa_core.engine.acceptance import longest_path, match_drafts
-from medusa_core.engine.logits_processors import surely_kept
+from medusa_core.engine.logits_processors import surely_kept, without_excluded
 from medusa_core.model.kv_cache import move_rows
 from medusa_core.sampling_params import SamplingParams, SpeculationMode
 
@@ -18,10 +18,10 @@ from medusa_core.sampling_params import SamplingParams, SpeculationMode
 class AcceptProgram(nn.Module):
     """Accepts a path per row and moves its keys and values to follow the committed ones.
 
-    Filters (top-k, top-p, min-p) are not applied, as sorting takes longer than all the rest: tokens are drawn
-    from the whole vocabulary, and each filter is asked whether it surely keeps the winners on the accepted
-    path. If one may not, the row is *undecided*: then no row's keys and values have moved, so that the
-    caller can run the reference on the same inputs.
+    Filters (top-k, top-p, min-p) are not applied exactly, as sorting takes longer than all the rest. Most of
+    what they exclude is left out before the draw, and then each filter is asked whether it surely keeps the
+    winners on the accepted path. If one may not, the row is *undecided*: then no row's keys and values have
+    moved, so that the caller can run the reference on the same inputs.
     """
 
     @staticmethod
@@ -58,7 +58,8 @@ class AcceptProgram(nn.Module):
         if sampling_B4 is None or noise_BPV is None:
             targets_BT = logits_BTV.argmax(dim=-1)
         else:
-            targets_BT = _draw(logits_BTV, depths_BT, sampling_B4[:, 0], noise_BPV)
+            left_BTV = without_excluded(logits_BTV, sampling_B4)
+            targets_BT = _draw(left_BTV, depths_BT, sampling_B4[:, 0], noise_BPV)
         right_BT = match_drafts(tokens_BT, parents_BT, targets_BT)
         accepted = longest_path(right_BT, ancestors_BTT, depths_BT, places_D.shape[0] - 1)
         path_BD = accepted.path_BD

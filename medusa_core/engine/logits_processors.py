@@ -186,6 +186,31 @@ class LogitsChain:
         return kept
 
 
+def without_excluded(logits_BNV: Tensor, sampling_B4: Tensor) -> Tensor:
+    """The logits with -inf for nearly all tokens that a row's filters exclude, and for none that they keep.
+
+    Without sorting: a bound below which all are excluded is found by bisection. `sampling_B4`: temperature,
+    top_k, top_p, min_p of each row; 0, 0, 1, 0 are off.
+    """
+    temperature, top_k, top_p, min_p = (column[:, None, None] for column in sampling_B4.unbind(1))
+    scaled_BNV = logits_BNV / torch.where(temperature > 0, temperature, 1.0)
+    best_BN1 = scaled_BNV.amax(dim=-1, keepdim=True)
+    weights_BNV = (scaled_BNV - best_BN1).exp()
+    enough = (top_p + ROUNDING) * weights_BNV.sum(dim=-1, keepdim=True)
+    start = best_BN1 - SEARCH_WIDTH
+    bound, upper = start, best_BN1
+    for _ in range(SEARCH_STEPS):
+        middle = (bound + upper) / 2
+        above_BNV = scaled_BNV > middle
+        count = above_BNV.sum(dim=-1, keepdim=True)
+        mass = torch.where(above_BNV, weights_BNV, 0.0).sum(dim=-1, keepdim=True)
+        excluded = ((count > top_k) & (top_k > 0)) | (mass >= enough)
+        bound, upper = torch.where(excluded, middle, bound), torch.where(excluded, upper, middle)
+    bound = torch.where(bound > start, bound, -torch.inf)  # the start itself has not been tried
+    bound = torch.maximum(bound, best_BN1 + min_p.log() - ROUNDING)
+    return torch.where(scaled_BNV > bound, logits_BNV, -torch.inf)
+
+
 def surely_kept(logits_BNV: Tensor, tokens_BN: Tensor, sampling_B4: Tensor) -> Tensor:
     """Whether all filters surely keep a token [B, N]: `surely_keeps` of a whole chain, without sorting.
 

@@ -79,8 +79,7 @@ def test_it_decides_what_the_eager_runner_decides(
     with torch.inference_mode():
         for seed in range(100):
             flags += check_step(program, make_case(tiny_backbone, seed, params(seed)), tiny_backbone)
-    assert sum(flags) < 0.25 * len(flags)
-    assert any(flags) == (kind == "sampled")
+    assert sum(flags) < 0.05 * len(flags)
 
 
 def test_it_draws_the_eager_noise(tmp_path: Path) -> None:
