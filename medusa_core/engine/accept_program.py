@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from medusa_core.engine.acceptance import longest_path, match_drafts
-from medusa_core.engine.logits_processors import surely_kept
+from medusa_core.engine.logits_processors import surely_kept, without_excluded
 from medusa_core.model.kv_cache import CacheShape, move_rows
 from medusa_core.programs.program import Argument, Program, cache_sizes, node_sizes
 from medusa_core.sampling_params import SamplingParams, SpeculationMode
@@ -22,10 +22,10 @@ from medusa_core.sampling_params import SamplingParams, SpeculationMode
 class AcceptProgram(Program):
     """Accepts a path per row and moves its keys and values to follow the committed ones.
 
-    Filters (top-k, top-p, min-p) are not applied, as sorting takes longer than all the rest: tokens are drawn
-    from the whole vocabulary, and each filter is asked whether it surely keeps the winners on the accepted
-    path. If one may not, the row is *undecided*: then no row's keys and values have moved, so that the
-    caller can run the reference on the same inputs.
+    Filters (top-k, top-p, min-p) are not applied exactly, as sorting takes longer than all the rest. Most of
+    what they exclude is left out before the draw, and then each filter is asked whether it surely keeps the
+    winners on the accepted path. If one may not, the row is *undecided*: then no row's keys and values have
+    moved, so that the caller can run the reference on the same inputs.
     """
 
     def __init__(self, cache: CacheShape, vocab_size: int, dtype: torch.dtype, *, sampled: bool) -> None:
@@ -64,15 +64,11 @@ class AcceptProgram(Program):
 
     @staticmethod
     def can_take(params: SamplingParams) -> bool:
-        """Whether this decides a request's rows, apart from processors that are not of its parameters.
+        """Whether this decides a request's rows, processors that are not of its parameters aside.
 
-        Not typical acceptance; and not top-p after top-k, which renormalizes what top-k left.
+        All but typical acceptance.
         """
-        if params.is_greedy:
-            return True
-        if params.speculation.mode is SpeculationMode.TYPICAL:
-            return False
-        return params.top_k == 0 or params.top_p == 1.0
+        return params.is_greedy or params.speculation.mode is not SpeculationMode.TYPICAL
 
     def forward(  # noqa: PLR0913 - a compiled program takes its tensors one by one
         self,
@@ -94,13 +90,14 @@ class AcceptProgram(Program):
         Per row: path, its tokens, its origins (D + 1 each, the root again beyond the accepted drafts), number
         of accepted drafts, next root, depths of all nodes, 1 if undecided. `places_D`: 0..D. `sampling_B4`:
         temperature, top_k, top_p, min_p (0, 0, 1, 0 are off), with `noise_BPV` of the positions after the
-        root; both absent if all rows are greedy. `storage_L2BHCD` is changed in place.
+        root; both absent if all rows are greedy. All are contiguous; `storage_L2BHCD` is changed in place.
         """
         logits_BTV = logits_BTV.float()
         if sampling_B4 is None or noise_BPV is None:
             targets_BT = logits_BTV.argmax(dim=-1)
         else:
-            targets_BT = _draw(logits_BTV, depths_BT, sampling_B4[:, 0], noise_BPV)
+            left_BTV = without_excluded(logits_BTV, sampling_B4)
+            targets_BT = _draw(left_BTV, depths_BT, sampling_B4[:, 0], noise_BPV)
         right_BT = match_drafts(tokens_BT, parents_BT, targets_BT)
         accepted = longest_path(right_BT, ancestors_BTT, depths_BT, places_D.shape[0] - 1)
         path_BD = accepted.path_BD

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -19,7 +20,8 @@ from medusa_core.engine.sampling import Noise, NoiseOfKeys, noise_keys, noise_of
 from medusa_core.engine.sequence import Sequence
 from medusa_core.sampling_params import SamplingParams
 
-_NOT_OFF = 1.0 - 2.0**-24  # the greatest float32 below 1: a top_p closer to 1 must not become 1, which is off
+# The greatest float32 below 1: a top_p closer to 1 must not become 1, which is off.
+_NOT_OFF = 1.0 - 2.0**-24
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +67,16 @@ def make_batch(
     """
     depth = max(1, depth)  # programs are compiled for two places or more
     sampled = any(not sequence.params.is_greedy for sequence in sequences)
-    rows = [_greedy_row(s) + _sampling_row(s, depth + 1) if sampled else _greedy_row(s) for s in sequences]
-    packed = torch.tensor(rows, device=vocabulary_V.device)
+    rows, keys = len(sequences), depth + 1 if sampled else 0
+    # One after the other, not as columns: so each is contiguous, as compiled programs expect.
+    numbers = [s.slot for s in sequences] + [s.num_cached for s in sequences] + [s.root for s in sequences]
+    if sampled:
+        numbers += chain.from_iterable(_sampling_bits(sequence.params) for sequence in sequences)
+        numbers += chain.from_iterable(_noise_keys(sequence, keys) for sequence in sequences)
+    packed = torch.tensor(numbers, device=vocabulary_V.device)
+    slots_B, lengths_B, roots_B, bits, keys_N = packed.split(
+        (rows, rows, rows, 2 * rows * sampled, rows * keys)
+    )
     draw = noise or partial(noise_of_keys, token_ids_V=vocabulary_V)
     return Batch(
         slots=tuple(sequence.slot for sequence in sequences),
@@ -74,29 +84,27 @@ def make_batch(
         nodes=tuple(nodes),
         chains=tuple(sequence.chain for sequence in sequences),
         histories=tuple(sequence.token_ids for sequence in sequences),
-        slots_B=packed[:, 0],
-        lengths_B=packed[:, 1],
-        roots_B=packed[:, 2],
+        slots_B=slots_B,
+        lengths_B=lengths_B,
+        roots_B=roots_B,
         places_D=vocabulary_V[: depth + 1],
-        sampling_B4=packed[:, 3:5].view(torch.float32) if sampled else None,
-        noise=Noise(packed[:, 5:], draw) if sampled else None,
+        sampling_B4=bits.view(torch.float32).view(rows, 4) if sampled else None,
+        noise=Noise(keys_N.view(rows, keys), draw) if sampled else None,
     )
 
 
-def _greedy_row(sequence: Sequence) -> list[int]:
-    return [sequence.slot, sequence.num_cached, sequence.root]
+def _sampling_bits(params: SamplingParams) -> tuple[int, ...]:
+    """A row of `Batch.sampling_B4`: four float32 in the bits of two integers."""
+    row = (0.0, 0.0, 1.0, 0.0)
+    if not params.is_greedy:
+        top_p = params.top_p if params.top_p == 1.0 else min(params.top_p, _NOT_OFF)
+        row = (params.temperature, params.top_k, top_p, params.min_p)
+    return struct.unpack("=2q", struct.pack("=4f", *row))
 
 
-def _sampling_row(sequence: Sequence, count: int) -> list[int]:
-    """Four float32 in the bits of two integers, and `count` noise keys."""
-    params = sequence.params
-    if params.is_greedy:
-        return [*_as_integers(0.0, 0.0, 1.0, 0.0), *[0] * count]
-    top_p = params.top_p if params.top_p == 1.0 else min(params.top_p, _NOT_OFF)
-    first = sequence.num_cached + 1  # the root stands at position n
-    keys = noise_keys(sequence.request.seed, range(first, first + count))
-    return [*_as_integers(params.temperature, params.top_k, top_p, params.min_p), *keys]
-
-
-def _as_integers(*values: float) -> tuple[int, ...]:
-    return struct.unpack("=2q", struct.pack("=4f", *values))
+def _noise_keys(sequence: Sequence, count: int) -> list[int]:
+    """The root stands at position n: the next undecided one is n + 1."""
+    if sequence.params.is_greedy:
+        return [0] * count
+    first = sequence.num_cached + 1
+    return noise_keys(sequence.request.seed, range(first, first + count))

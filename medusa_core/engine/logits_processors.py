@@ -20,6 +20,7 @@ from medusa_core.engine.sampling import draw_tokens
 from medusa_core.sampling_params import SamplingParams
 
 ROUNDING = 1e-4  # a winner this close to a filter's threshold is judged by the filter itself
+SEARCH_WIDTH, SEARCH_STEPS = 16.0, 8  # where the k-th logit is looked for below the first, and how finely
 NUCLEUS_PREFIX = 128  # candidates looked at before falling back to sorting the whole vocabulary
 
 
@@ -185,23 +186,63 @@ class LogitsChain:
         return kept
 
 
-def surely_kept(logits_BNV: Tensor, tokens_BN: Tensor, sampling_B4: Tensor) -> Tensor:
-    """`surely_keeps` of all filters at once [B, N].
+def without_excluded(logits_BNV: Tensor, sampling_B4: Tensor) -> Tensor:
+    """The logits with -inf for nearly all tokens that a row's filters exclude, and for none that they keep.
 
-    `sampling_B4`: temperature, top_k, top_p, min_p of each row; True where they are off (0, 0, 1, 0). Right
-    for any of them together but top-p after top-k, which renormalizes what top-k left.
+    Without sorting: a bound below which all are excluded is found by bisection. `sampling_B4`: temperature,
+    top_k, top_p, min_p of each row; 0, 0, 1, 0 are off.
     """
-    temperature, top_k, top_p, min_p = (column[:, None] for column in sampling_B4.unbind(1))
-    own_BN1 = logits_BNV.gather(-1, tokens_BN[..., None])
-    in_top_k = (logits_BNV > own_BN1 - ROUNDING).sum(dim=-1) <= top_k
-    warm_B11 = torch.where(temperature > 0, temperature, 1.0)[..., None]
-    scaled_BNV, own_BN1 = logits_BNV / warm_B11, own_BN1 / warm_B11
+    temperature, top_k, top_p, min_p = (column[:, None, None] for column in sampling_B4.unbind(1))
+    scaled_BNV = logits_BNV / torch.where(temperature > 0, temperature, 1.0)
     best_BN1 = scaled_BNV.amax(dim=-1, keepdim=True)
     weights_BNV = (scaled_BNV - best_BN1).exp()
-    mass_above = torch.where(scaled_BNV > own_BN1, weights_BNV, 0.0).sum(dim=-1) / weights_BNV.sum(dim=-1)
-    in_top_p = mass_above < top_p - ROUNDING
-    in_min_p = (own_BN1 > best_BN1 + min_p.log()[..., None] + ROUNDING)[..., 0]
-    return (in_top_k | (top_k == 0)) & (in_top_p | (top_p == 1)) & (in_min_p | (min_p == 0))
+    enough = (top_p + ROUNDING) * weights_BNV.sum(dim=-1, keepdim=True)
+    start = best_BN1 - SEARCH_WIDTH
+    bound, upper = start, best_BN1
+    for _ in range(SEARCH_STEPS):
+        middle = (bound + upper) / 2
+        above_BNV = scaled_BNV > middle
+        count = above_BNV.sum(dim=-1, keepdim=True)
+        mass = torch.where(above_BNV, weights_BNV, 0.0).sum(dim=-1, keepdim=True)
+        excluded = ((count > top_k) & (top_k > 0)) | (mass >= enough)
+        bound, upper = torch.where(excluded, middle, bound), torch.where(excluded, upper, middle)
+    bound = torch.where(bound > start, bound, -torch.inf)  # the start itself has not been tried
+    bound = torch.maximum(bound, best_BN1 + min_p.log() - ROUNDING)
+    return torch.where(scaled_BNV > bound, logits_BNV, -torch.inf)
+
+
+def surely_kept(logits_BNV: Tensor, tokens_BN: Tensor, sampling_B4: Tensor) -> Tensor:
+    """Whether all filters surely keep a token [B, N]: `surely_keeps` of a whole chain, without sorting.
+
+    `sampling_B4`: temperature, top_k, top_p, min_p of each row; True where they are off (0, 0, 1, 0).
+    """
+    temperature, top_k, top_p, min_p = (column[:, None, None] for column in sampling_B4.unbind(1))
+    own_BN1 = logits_BNV.gather(-1, tokens_BN[..., None])
+    in_top_k = (logits_BNV > own_BN1 - ROUNDING).sum(dim=-1, keepdim=True) <= top_k
+    warm_B11 = torch.where(temperature > 0, temperature, 1.0)
+    scaled_BNV, own_BN1 = logits_BNV / warm_B11, own_BN1 / warm_B11
+    best_BN1 = scaled_BNV.amax(dim=-1, keepdim=True)
+    in_min_p = own_BN1 > best_BN1 + min_p.log() + ROUNDING
+    # Top-p renormalizes what top-k left.
+    floor_BN1 = torch.where(top_k == 0, -torch.inf, _inside_top_k(scaled_BNV, best_BN1, top_k))
+    weights_BNV = (scaled_BNV - best_BN1).exp()
+    left, above = (
+        torch.where(scaled_BNV > bound_BN1, weights_BNV, 0.0).sum(dim=-1, keepdim=True)
+        for bound_BN1 in (floor_BN1, own_BN1)
+    )
+    in_top_p = above < (top_p - ROUNDING) * left
+    kept_BN1 = (in_top_k | (top_k == 0)) & (in_top_p | (top_p == 1)) & (in_min_p | (min_p == 0))
+    return kept_BN1[..., 0]
+
+
+def _inside_top_k(scaled_BNV: Tensor, best_BN1: Tensor, top_k_B11: Tensor) -> Tensor:
+    """A bound that at most k tokens exceed, close to the least such one: found by bisection."""
+    inside, outside = best_BN1, best_BN1 - SEARCH_WIDTH
+    for _ in range(SEARCH_STEPS):
+        middle = (inside + outside) / 2
+        fits = (scaled_BNV > middle).sum(dim=-1, keepdim=True) <= top_k_B11
+        inside, outside = torch.where(fits, middle, inside), torch.where(fits, outside, middle)
+    return inside
 
 
 def _apply(processors: Sequence[LogitsProcessor], logits_NV: Tensor, paths: NodePaths) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 from medusa_core.draft.draft_tree import DraftTree, pad_tree
 from medusa_core.engine.accept_program import AcceptProgram
 from medusa_core.engine.batch import Batch
+from medusa_core.engine.logits_processors import LogitsChain
 from medusa_core.engine.noise_program import NoiseProgram
 from medusa_core.engine.runner import EagerRunner
 from medusa_core.engine.sampling import NoiseOfKeys
@@ -20,6 +21,7 @@ from medusa_core.model.static_rows import bucket, layers_of
 from medusa_core.model.verify_program import VerifyProgram
 from medusa_core.programs.program import MAX_NODES, MIN_NODES
 from medusa_core.programs.switch import Switch
+from medusa_core.sampling_params import SamplingParams
 
 FINE_STEP, COARSE_STEP = 4, 8  # between sizes up to 16 nodes, and beyond
 FINE_SIZES = 16
@@ -73,7 +75,7 @@ class StaticRunner:
         return BackboneOutput(hidden_BTE, logits_BTV)
 
     def accept(self, batch: Batch, tree: DraftTree, output: BackboneOutput) -> list[list[int]]:
-        if not all(map(AcceptProgram.can_take, batch.params)):
+        if not all(map(_can_take, batch.params, batch.chains)):
             return self._eager.accept(batch, tree, output)
         inputs = [
             output.logits_BTV,
@@ -96,6 +98,11 @@ class StaticRunner:
         if any(row[-1] for row in rows):  # a filter must look at the whole vocabulary
             return self._eager.accept(batch, tree, output)
         return [row[:-1] for row in rows]
+
+
+def _can_take(params: SamplingParams, chain: LogitsChain) -> bool:
+    """Whether the accept program decides such rows: it knows no processors but filters."""
+    return len(chain.filters) == len(chain.processors) and AcceptProgram.can_take(params)
 
 
 def padded_size(nodes: int) -> int:

@@ -29,6 +29,8 @@ FILTERED = (
     SamplingParams(temperature=1.0, seed=7, min_p=0.05),
     SamplingParams(temperature=1.2, seed=8, top_k=40, min_p=0.02),
     SamplingParams(temperature=0.9, seed=9, top_p=0.8, min_p=0.01),
+    SamplingParams(temperature=0.7, seed=1, top_k=20, top_p=0.8),
+    SamplingParams(temperature=1.4, seed=2, top_k=40, top_p=0.95, min_p=0.01),
     SamplingParams(temperature=0.9, seed=9, top_p=1.0 - 1e-9),
 )
 Program = Callable[..., Tensor]

@@ -43,7 +43,7 @@ ACCEPT_SHAPES = (
 pytestmark = [
     pytest.mark.slow,
     # torch's own exporter and compiler use what torch deprecates.
-    pytest.mark.filterwarnings("ignore::FutureWarning:torch", "ignore::DeprecationWarning:torch"),
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
 ]
 
 
@@ -73,11 +73,13 @@ def compile_program(program: nn.Module, example: tuple[Tensor, ...], shapes: obj
 def test_it_decides_what_the_eager_runner_decides(
     tiny_backbone: Backbone, tmp_path: Path, kind: str, rows: int
 ) -> None:
+    kinds = UNFILTERED + FILTERED
+
     def params(seed: int) -> list[SamplingParams]:
         if kind == "greedy":
             return [GREEDY] * rows
         # One row at least is sampled: steps of greedy ones only are for the other program.
-        return [(UNFILTERED + FILTERED)[seed % 8], *rows_of(rows - 1, seed)]
+        return [kinds[seed % len(kinds)], *rows_of(rows - 1, seed)]
 
     example = make_case(tiny_backbone, 0, params(0)).tensors()
     accept = accept_program(tiny_backbone, sampled=kind == "sampled")
@@ -86,8 +88,7 @@ def test_it_decides_what_the_eager_runner_decides(
     with torch.inference_mode():
         for seed in range(100):
             flags += check_step(program, make_case(tiny_backbone, seed, params(seed)), tiny_backbone)
-    assert sum(flags) < 0.25 * len(flags)
-    assert any(flags) == (kind == "sampled")
+    assert sum(flags) < 0.05 * len(flags)
 
 
 def test_it_draws_the_eager_noise(tmp_path: Path) -> None:

@@ -91,11 +91,33 @@ def test_a_batch_holds_each_rows_own() -> None:
     assert batch.slots_B.tolist() == [4, 2]
     assert batch.lengths_B.tolist() == [2, 1]
     assert batch.roots_B.tolist() == [7, 9]
+    assert batch.places_D.tolist() == [0, 1, 2, 3]
+    assert batch.sampling_B4 is not None
+    assert batch.sampling_B4.tolist() == [[0.5, 0.0, 1.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
     # The root stands at position 2; what comes next at 3. Drawn as far as it is asked for.
     for depth in (1, 3, 0):
         noise = batch.draft_noise(depth)
         assert noise is not None
         assert noise.shape == (2, depth + 1, 50)
         assert torch.equal(noise[0], gumbel_noise(9, range(3, 4 + depth), vocabulary))
-    assert make_batch(rows[1:], [1], 3, vocabulary).draft_noise(3) is None
+    without = make_batch(rows[1:], [1], 3, vocabulary)
+    assert without.draft_noise(3) is None
+    assert without.sampling_B4 is None
     assert batch.with_nodes((2, 3)).nodes == (2, 3)
+
+
+def test_a_batch_holds_each_rows_filters() -> None:
+    """As float32, in which a top_p of nearly 1 must not become 1: that is off."""
+    params = [
+        SamplingParams(temperature=0.5, seed=1, top_k=40, min_p=0.25),
+        SamplingParams(temperature=2.0, seed=1, top_p=0.5),
+        SamplingParams(temperature=2.0, seed=1, top_p=1 - 1e-12),
+        SamplingParams(temperature=0.0, top_k=40, top_p=0.5, min_p=0.25),
+    ]
+    rows = [sequence_of(row, [5, 6], slot) for slot, row in enumerate(params)]
+    batch = make_batch(rows, [1] * 4, 2, torch.arange(50))
+    assert batch.sampling_B4 is not None
+    first, second, third, greedy = batch.sampling_B4.tolist()
+    assert (first, second) == ([0.5, 40.0, 1.0, 0.25], [2.0, 0.0, 0.5, 0.0])
+    assert 0.999 < third[2] < 1.0
+    assert greedy == [0.0, 0.0, 1.0, 0.0]
