@@ -23,12 +23,12 @@ MODEL_PANEL, SAMPLING_PANEL, SPECULATION_PANEL = "Model", "Sampling", "Speculati
 class EngineConfig:
     """How an engine is built.
 
-    `dtype` "auto": on CUDA the checkpoint's 16-bit type (bfloat16 for float32 ones), on a CPU bfloat16 if it
-    multiplies that natively and float32 otherwise. `device` "auto" is CUDA if there is one ("auto:N": its
-    device N). `max_length` (tokens, prompt and answer) defaults to the model's context, at most
-    `DEFAULT_CONTEXT_LIMIT`. `tree_nodes` (root included) None lets calibration and measured step times
-    choose; 1 turns speculation off. `static_tree` (a published name or a JSON file) is the tree that "static"
-    means, instead of one grown from the heads' accuracies.
+    `dtype` "auto": on CUDA the checkpoint's 16-bit type (bfloat16 for float32 ones); on a CPU bfloat16 or
+    float32, whichever multiplies the model's weights faster, if it multiplies bfloat16 natively, else
+    float32. `device` "auto" is CUDA if there is one ("auto:N": its device N). `max_length` (tokens, prompt
+    and answer) defaults to the model's context, at most `DEFAULT_CONTEXT_LIMIT`. `tree_nodes` (root included)
+    None lets calibration and measured step times choose; 1 turns speculation off. `static_tree` (a published
+    name or a JSON file) is the tree that "static" means, instead of one grown from the heads' accuracies.
     """
 
     dtype: str = option(

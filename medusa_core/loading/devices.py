@@ -8,6 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from medusa_core.errors import ConfigError
+from medusa_core.loading.cpu_dtype import fastest_cpu_dtype
+from medusa_core.model.backbone import LOADING_FAILURES
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +34,21 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def resolve_dtype(name: str, device: torch.device, model: str | Path) -> torch.dtype:
-    """A torch dtype; "auto" keeps the checkpoint's 16-bit type where the device multiplies it natively."""
+def resolve_dtype(name: str, device: torch.device, model: str | Path, rows: int | None = None) -> torch.dtype:
+    """A torch dtype. "auto" is the checkpoint's 16-bit type on CUDA, and on a CPU what is fastest there.
+
+    `rows`: how many tokens a step multiplies, for which products are timed where the CPU multiplies bfloat16
+    natively. None for what is not decoding: native bfloat16 is then taken without timing.
+    """
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
     if device.type == "cuda":
         stored = _stored_dtype(model)
         return stored if stored in (torch.float16, torch.bfloat16) else torch.bfloat16
-    return torch.bfloat16 if cpu_has_native_bfloat16() else torch.float32
+    if not cpu_has_native_bfloat16():
+        return torch.float32
+    measured = None if rows is None else fastest_cpu_dtype(model, rows)
+    return measured or torch.bfloat16
 
 
 def cpu_has_native_bfloat16() -> bool:
@@ -85,6 +94,6 @@ def _warn_of_unused(*, is_one_of_several: bool) -> None:
 def _stored_dtype(model: str | Path) -> torch.dtype | None:
     try:
         dtype = AutoConfig.from_pretrained(str(model), trust_remote_code=False).dtype
-    except (OSError, ValueError):
+    except LOADING_FAILURES:
         return None  # loading the model reports what is wrong
     return dtype if isinstance(dtype, torch.dtype) else None

@@ -8,6 +8,7 @@ from medusa_core.checkpoints.weight_files import describe_files
 from medusa_core.config import EngineConfig
 from medusa_core.draft.accuracy import HeadCalibration, default_calibration
 from medusa_core.draft.heads import DraftHeads
+from medusa_core.loading.cpu_dtype import TREE_ROWS
 from medusa_core.loading.devices import resolve_device, resolve_dtype
 from medusa_core.loading.heads import heads_source, load_calibration_for, load_heads_for
 from medusa_core.loading.memory import check_memory
@@ -48,8 +49,8 @@ def load_parts(
     device = resolve_device(config.device)
     progress.enter(f"tokenizer of {model}")
     chat = load_chat_tokenizer(model, config.chat_template)
-    dtype = resolve_dtype(config.dtype, device, model)
     source = heads_source(model, heads)
+    dtype = resolve_dtype(config.dtype, device, model, rows=1 if source is None else TREE_ROWS)
     if config.memory_check:
         with progress.downloading(source or model):
             check_memory(model, source, config, vocab_size=chat.vocab_size, dtype=dtype, device=device)

@@ -149,6 +149,7 @@ def test_dtype_names(tiny_model_dir: Path) -> None:
         assert resolve_dtype(name, CPU, tiny_model_dir) == getattr(torch, name)
     expected = torch.bfloat16 if cpu_has_native_bfloat16() else torch.float32
     assert resolve_dtype("auto", CPU, tiny_model_dir) == expected
+    assert resolve_dtype("auto", CPU, tiny_model_dir / "nosuch", rows=16) == expected
 
 
 def test_auto_dtype_on_cuda_is_the_checkpoints(tiny_model_dir: Path, tmp_path: Path) -> None:
