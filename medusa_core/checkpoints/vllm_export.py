@@ -1,4 +1,4 @@
-"""Exports Medusa heads as vLLM loads them: layout D, with output layers of a size that it builds."""
+"""Exports Medusa heads as vLLM loads them: layout D, with a row of output for every token of the model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -23,8 +23,7 @@ def export_vllm(conversion: Conversion, out: Path) -> HeadWeights:
     vocab_size = _whole_vocabulary(conversion)
     if not weights.outputs:
         weights = replace(weights, outputs=(Linear(_shared_rows(conversion, weights)),))
-    weights = _with_rows_vllm_loads(weights, vocab_size)
-    rows = len(weights.outputs[0].weight)
+    weights = _with_every_row(weights, vocab_size)
     has_bias = weights.blocks[0][0].bias is not None
     config: dict[str, Any] = {
         "architectures": ["MedusaModel"],
@@ -35,8 +34,8 @@ def export_vllm(conversion: Conversion, out: Path) -> HeadWeights:
         "num_heads": weights.num_heads,
         "num_hidden_layers": weights.num_layers,
         **VLLM_DEFAULTS,
-        "truncated_vocab_size": None if rows == vocab_size else rows,
-        "original_lm_head": len(weights.outputs) == 1,
+        "truncated_vocab_size": None,
+        "original_lm_head": len(weights.outputs) < weights.num_heads,
         "medusa_fc_bias": has_bias,
         "torch_dtype": str(weights.outputs[0].weight.dtype).removeprefix("torch."),
     }
@@ -72,21 +71,17 @@ def _whole_vocabulary(conversion: Conversion) -> int:
     raise CheckpointError(f"{file.source} has a token map; vLLM must know the whole vocabulary: give --model")
 
 
-def _with_rows_vllm_loads(weights: MedusaWeights, vocab_size: int) -> MedusaWeights:
-    """Output layers of a size that vLLM (0.32) builds.
+def _with_every_row(weights: MedusaWeights, vocab_size: int) -> MedusaWeights:
+    """Output layers [V, E], for vLLM (0.32) refuses shorter ones, and token maps that would shorten them.
 
-    It shortens, by a token map, one layer for all heads only: layers of their own must have every row. Rows
-    they lack become the mean of those they have, so that their logit is the mean, and never the highest. It
-    ignores the map of whole layers; ours cuts them by it again.
+    Rows that were not there become the mean of the others: so does their logit, which then never is the
+    highest. The token map, which vLLM ignores beside whole layers, says which rows are true: we read those.
     """
     if weights.token_map is None and weights.rows == vocab_size:
         return weights
     known = torch.arange(weights.rows or 0) if weights.token_map is None else weights.token_map
-    is_short = len(known) < vocab_size
-    if is_short and len(weights.outputs) == 1:
-        return replace(weights, token_map=known)
     outputs = tuple(Linear(_whole_rows(output.weight, known, vocab_size)) for output in weights.outputs)
-    return replace(weights, outputs=outputs, token_map=known if is_short else None)
+    return replace(weights, outputs=outputs, token_map=known if len(known) < vocab_size else None)
 
 
 def _whole_rows(rows: Tensor, known: Tensor, vocab_size: int) -> Tensor:

@@ -129,10 +129,12 @@ def test_vllm_holds_the_backbones_output_layer_once(
         convert_heads(source, tmp_path / "out", "vllm")
     convert_heads(source, tmp_path / "out", "vllm", model=str(tiny_model_dir))
     tensors, config = load_file(tmp_path / "out" / "model.safetensors"), config_of(tmp_path / "out")
-    rows = lm_head if token_map is None else lm_head[token_map]
+    known = torch.arange(VOCAB) if token_map is None else token_map
     assert [key for key in tensors if key.startswith("lm_heads")] == ["lm_heads.0.weight"]
-    assert torch.equal(tensors["lm_heads.0.weight"], rows)
+    assert tensors["lm_heads.0.weight"].shape == lm_head.shape
+    assert torch.equal(tensors["lm_heads.0.weight"][known], lm_head[known])
     assert config["original_lm_head"] is True
+    assert config["truncated_vocab_size"] is None
     assert config["vocab_size"] == VOCAB
     assert check_same(tmp_path / "out", heads, lm_head).is_shared
 
@@ -141,7 +143,7 @@ def test_vllm_holds_the_backbones_output_layer_once(
 def test_vllm_gets_whole_output_layers_of_short_ones(
     tmp_path: Path, tiny_model_dir: Path, lm_head: Tensor, token_map: Tensor | None
 ) -> None:
-    """It shortens only an output layer that all heads share, and refuses short ones of their own."""
+    """It refuses short ones, and token maps that shorten them."""
     heads = heads_like(lm_head, token_map=token_map, rows=300)
     source = saved(heads, tmp_path / "heads")
     convert_heads(source, tmp_path / "out", "vllm", model=str(tiny_model_dir))
@@ -160,18 +162,6 @@ def test_vllm_gets_whole_output_layers_of_short_ones(
         assert config["original_lm_head"] is False
         loaded = check_same(tmp_path / folder, heads, lm_head)
         assert (loaded.token_map is None) is (token_map is None)
-
-
-def test_vllm_gets_a_token_map_for_one_short_output_layer(tmp_path: Path, tiny_model_dir: Path) -> None:
-    output = torch.randn(300, HIDDEN)
-    tensors = {"blocks.0.layers.0.weight": torch.randn(HIDDEN, HIDDEN), "lm_heads.0.weight": output}
-    save_file(tensors, tmp_path / "model.safetensors")
-    convert_heads(tmp_path, tmp_path / "out", "vllm", model=str(tiny_model_dir))
-    written, config = load_file(tmp_path / "out" / "model.safetensors"), config_of(tmp_path / "out")
-    assert torch.equal(written["lm_heads.0.weight"], output)
-    assert written["token_map"].tolist() == [*range(300)]
-    assert (config["vocab_size"], config["truncated_vocab_size"]) == (VOCAB, 300)
-    assert config["original_lm_head"] is True
 
 
 def test_vllm_must_know_the_vocabulary_of_mapped_heads(tmp_path: Path, lm_head: Tensor) -> None:
