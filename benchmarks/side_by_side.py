@@ -14,6 +14,7 @@ import platform
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,16 +51,17 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json")] = None,
 ) -> None:
     """Print a table, and write it as JSON. Pause where a server keeps a core busy after an answer."""
-    servers = [_server(text) for text in server]
     chosen = load_prompts(prompts, limit)
     settings = {"prompts": len(chosen), "repeats": repeats, "max_tokens": max_tokens, "pause": pause}
     machine = {"cpus": os.cpu_count(), "platform": platform.platform()}
     report: dict[str, Any] = {"machine": machine, "settings": settings, "temperatures": {}}
-    for warmth in temperature:
-        body = {"max_tokens": max_tokens, "temperature": warmth, "seed": SEED}
-        results = compare(measure(servers, chosen, body, repeats, pause))
-        print(f"temperature {warmth:g}\n{table(results)}\n")
-        report["temperatures"][f"{warmth:g}"] = results
+    with ExitStack() as connections:
+        servers = [_server(text, connections) for text in server]
+        for warmth in temperature:
+            body = {"max_tokens": max_tokens, "temperature": warmth, "seed": SEED}
+            results = compare(measure(servers, chosen, body, repeats, pause))
+            print(f"temperature {warmth:g}\n{table(results)}\n")
+            report["temperatures"][f"{warmth:g}"] = results
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
@@ -132,19 +134,20 @@ def _uncounted_stop_tokens(answers: Answers) -> dict[str, int]:
     for name, prompts in answers.items():
         for answer in (answer for repeats in prompts for answer in repeats if answer.stopped):
             counts[answer.text][name] = answer.tokens
+    shared = [counted for counted in counts.values() if len(counted) > 1]
     missing = {
-        name: [max(counted.values()) - counted[name] for counted in counts.values() if name in counted]
+        name: [max(counted.values()) - counted[name] for counted in shared if name in counted]
         for name in answers
     }
     return {name: min(1, round(median(gaps))) if gaps else 0 for name, gaps in missing.items()}
 
 
-def _server(text: str) -> Server:
+def _server(text: str, connections: ExitStack) -> Server:
     name, _, place = text.partition("=")
     url, _, model = place.partition(",")
     if not url.startswith("http"):
         raise typer.BadParameter(f"{text!r} is not NAME=URL or NAME=URL,MODEL", param_hint="--server")
-    client = httpx.Client(base_url=url, timeout=TIMEOUT)
+    client = connections.enter_context(httpx.Client(base_url=url, timeout=TIMEOUT))
     return Server(name, client, model or client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
 
 
