@@ -21,6 +21,7 @@ from typing import Annotated
 
 import httpx
 import typer
+from streamed import stream
 
 from medusa_core.benchmark.bench import engine_facts, fitting_prompts
 from medusa_core.benchmark.runs import Run, engine_runner
@@ -77,54 +78,31 @@ def measure(
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0)
     with httpx.Client(base_url=url, timeout=600.0) as client:
         name = client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
-        stream(client, name, prompts[0], max_tokens)  # warm-up, uncounted
+        answer(client, name, prompts[0], max_tokens)  # warm-up, uncounted
         run(engine.chat_tokenizer.render(prompts[0].messages), params)
         turn = 0
         for prompt in prompts:
             for _ in range(repeats):
                 if turn % 2:
-                    streamed.append(stream(client, name, prompt, max_tokens))
+                    streamed.append(answer(client, name, prompt, max_tokens))
                 own.append(run(engine.chat_tokenizer.render(prompt.messages), params))
                 if not turn % 2:
-                    streamed.append(stream(client, name, prompt, max_tokens))
+                    streamed.append(answer(client, name, prompt, max_tokens))
                 turn += 1
     return own, streamed
 
 
-def stream(client: httpx.Client, model: str, prompt: Prompt, max_tokens: int) -> Run:
-    """One streamed answer, up to the last event of its choice.
-
-    Token ids are zeros, since only their number is known; a stop token counts too.
-    """
+def answer(client: httpx.Client, model: str, prompt: Prompt, max_tokens: int) -> Run:
+    """One streamed answer. Token ids are zeros, since only their number is known; a stop token counts too."""
     body = {
         "model": model,
         "messages": list(prompt.messages),
         "max_tokens": max_tokens,
         "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
     }
-    start = time.perf_counter()
-    first = last = 0.0
-    tokens, stopped = 0, False
-    with client.stream("POST", "/v1/chat/completions", json=body) as response:
-        if response.is_error:
-            raise SystemExit(f"{prompt.origin}: {response.status_code} {response.read().decode()}")
-        for line in response.iter_lines():
-            now = time.perf_counter()
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if "error" in event:
-                raise SystemExit(f"{prompt.origin}: {event['error']}")
-            for choice in event["choices"]:
-                if choice["delta"].get("content"):
-                    first = first or now
-                last = now
-                stopped = stopped or choice["finish_reason"] == "stop"
-            tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
-    first = first or last
-    return Run((0,) * (tokens + stopped), first - start, last - first)
+    streamed = stream(client, body)
+    count = streamed.tokens + streamed.stopped
+    return Run((0,) * count, streamed.first_seconds, streamed.seconds - streamed.first_seconds)
 
 
 @contextmanager

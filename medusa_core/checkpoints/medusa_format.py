@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from medusa_core.checkpoints.checks import (
@@ -111,12 +112,13 @@ def parse_medusa(source: str, tensors: dict[str, Tensor], hidden_size: int | Non
         bias = floats.get(layout.block_key(head, layer, "bias"))
         return Linear(floats[layout.block_key(head, layer, "weight")], bias)
 
+    outputs, token_map = _outputs(source, floats, layout, token_map)
     return MedusaWeights(
         blocks=tuple(
             tuple(block(head, layer) for layer in range(layout.num_layers))
             for head in range(layout.num_heads)
         ),
-        outputs=_outputs(source, floats, layout, token_map),
+        outputs=outputs,
         token_map=token_map,
     )
 
@@ -185,16 +187,19 @@ def _check_shapes(
 
 def _outputs(
     source: str, tensors: dict[str, Tensor], layout: HeadLayout, token_map: Tensor | None
-) -> tuple[Linear, ...]:
-    """The output layers with as many rows as the token map has ids."""
+) -> tuple[tuple[Linear, ...], Tensor | None]:
+    """The output layers with as many rows as the token map has ids, and the map, if they still need one."""
     keys = layout.output_keys()
     if token_map is None or not keys or len(tensors[keys[0]]) == len(token_map):
-        return tuple(Linear(tensors[key]) for key in keys)
+        return tuple(Linear(tensors[key]) for key in keys), token_map
     rows = len(tensors[keys[0]])
     if rows < len(token_map) or int(token_map.max()) >= rows:
         raise CheckpointError(
             f"{source}: {layout.naming.token_map} has {len(token_map)} ids up to {int(token_map.max())}, "
             f"{keys[0]} has {rows} rows"
         )
-    # Layers of the whole vocabulary, which vLLM shortens by the map too.
-    return tuple(Linear(tensors[key][token_map]) for key in keys)
+    # Layers of the whole vocabulary, which vLLM shortens by the map too. Heads that just lack the last tokens
+    # need no map then; one layer for all does: without one it would pass for the backbone's.
+    is_first_ids = torch.equal(token_map, torch.arange(len(token_map)))
+    outputs = tuple(Linear(tensors[key][token_map]) for key in keys)
+    return outputs, None if is_first_ids and len(keys) == layout.num_heads else token_map

@@ -38,11 +38,16 @@ def lm_head(tiny_model_dir: Path) -> Tensor:
 
 
 def heads_like(
-    lm_head: Tensor, num_layers: int = 1, *, shared: bool = False, token_map: Tensor | None = None
+    lm_head: Tensor,
+    num_layers: int = 1,
+    *,
+    shared: bool = False,
+    token_map: Tensor | None = None,
+    rows: int = VOCAB,
 ) -> MedusaHeads:
     heads = MedusaHeads.new(
         hidden_size=HIDDEN,
-        vocab_size=VOCAB if token_map is None else len(token_map),
+        vocab_size=rows if token_map is None else len(token_map),
         num_heads=3,
         num_layers=num_layers,
         lm_head_weight=lm_head,
@@ -124,28 +129,45 @@ def test_vllm_holds_the_backbones_output_layer_once(
         convert_heads(source, tmp_path / "out", "vllm")
     convert_heads(source, tmp_path / "out", "vllm", model=str(tiny_model_dir))
     tensors, config = load_file(tmp_path / "out" / "model.safetensors"), config_of(tmp_path / "out")
-    rows = lm_head if token_map is None else lm_head[token_map]
+    known = torch.arange(VOCAB) if token_map is None else token_map
     assert [key for key in tensors if key.startswith("lm_heads")] == ["lm_heads.0.weight"]
-    assert torch.equal(tensors["lm_heads.0.weight"], rows)
+    assert tensors["lm_heads.0.weight"].shape == lm_head.shape
+    assert torch.equal(tensors["lm_heads.0.weight"][known], lm_head[known])
     assert config["original_lm_head"] is True
+    assert config["truncated_vocab_size"] is None
     assert config["vocab_size"] == VOCAB
     assert check_same(tmp_path / "out", heads, lm_head).is_shared
 
 
-def test_vllm_token_map(tmp_path: Path, tiny_model_dir: Path, lm_head: Tensor) -> None:
-    heads = heads_like(lm_head, token_map=IDS)
+@pytest.mark.parametrize("token_map", [IDS, None])
+def test_vllm_gets_whole_output_layers_of_short_ones(
+    tmp_path: Path, tiny_model_dir: Path, lm_head: Tensor, token_map: Tensor | None
+) -> None:
+    """It refuses short ones, and token maps that shorten them."""
+    heads = heads_like(lm_head, token_map=token_map, rows=300)
     source = saved(heads, tmp_path / "heads")
+    convert_heads(source, tmp_path / "out", "vllm", model=str(tiny_model_dir))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    known = torch.arange(300) if token_map is None else token_map
+    hidden = torch.randn(500, HIDDEN, generator=torch.Generator().manual_seed(2))
+    for head in range(3):
+        whole = tensors[f"lm_heads.{head}.weight"]
+        assert whole.shape == (VOCAB, HIDDEN)
+        assert torch.equal(whole[known], heads.output_weight(head))
+        assert torch.isin((hidden @ whole.T).argmax(-1), known).all()  # no padding is ever drafted
+    convert_heads(tmp_path / "out", tmp_path / "again", "vllm")  # that file names the vocabulary itself
+    for folder in ("out", "again"):
+        config = config_of(tmp_path / folder)
+        assert (config["vocab_size"], config["truncated_vocab_size"]) == (VOCAB, None)
+        assert config["original_lm_head"] is False
+        loaded = check_same(tmp_path / folder, heads, lm_head)
+        assert (loaded.token_map is None) is (token_map is None)
+
+
+def test_vllm_must_know_the_vocabulary_of_mapped_heads(tmp_path: Path, lm_head: Tensor) -> None:
+    source = saved(heads_like(lm_head, token_map=IDS), tmp_path / "heads")
     with pytest.raises(CheckpointError, match="vLLM must know the whole vocabulary: give --model"):
         convert_heads(source, tmp_path / "out", "vllm")
-    convert_heads(source, tmp_path / "out", "vllm", model=str(tiny_model_dir))
-    config = config_of(tmp_path / "out")
-    assert (config["vocab_size"], config["truncated_vocab_size"]) == (VOCAB, 4)
-    assert load_file(tmp_path / "out" / "model.safetensors")["token_map"].tolist() == IDS.tolist()
-    convert_heads(tmp_path / "out", tmp_path / "again", "vllm")  # that file names the vocabulary itself
-    assert config_of(tmp_path / "again")["vocab_size"] == VOCAB
-    loaded = check_same(tmp_path / "again", heads, lm_head)
-    assert loaded.token_map is not None
-    assert loaded.token_map.tolist() == IDS.tolist()
 
 
 def test_vllm_ignores_maps_of_everything_so_rows_are_put_in_order(tmp_path: Path) -> None:
