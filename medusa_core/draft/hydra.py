@@ -19,6 +19,7 @@ from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.prefix import PrefixLayer
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.model.packed import PackedLinear, pack_linears
+from medusa_core.model.static_rows import StaticRows
 
 Embed = Callable[[Tensor], Tensor]
 """Token ids [...] -> embeddings [..., E], as the backbone's own embedding module gives them."""
@@ -120,10 +121,15 @@ class HydraHeads(HeadStack):
     @torch.inference_mode()
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         """What the next drafts come from [B, E], after so many more committed tokens in each row."""
-        if self.prefix is not None:
-            assert cache is not None
-            hidden_BUE = self.prefix.read(hidden_BUE.to(self.dtype), counts, cache)
-        return last_of_each(hidden_BUE, counts)
+        if self.prefix is None:
+            return last_of_each(hidden_BUE, counts)
+        assert cache is not None
+        device, width = hidden_BUE.device, max(cache.lengths) + hidden_BUE.shape[1]
+        slots_B, lengths_B = (torch.tensor(values, device=device) for values in (cache.slots, cache.lengths))
+        rows = StaticRows(cache.storage_L2BHCD, slots_B, lengths_B, torch.arange(width, device=device))
+        output_BUE = self.prefix.read(hidden_BUE.to(self.dtype), rows)
+        cache.advance(counts)
+        return last_of_each(output_BUE, counts)
 
     @torch.inference_mode()
     def contextualize(self, hidden_BSE: Tensor) -> Tensor:

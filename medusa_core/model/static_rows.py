@@ -1,0 +1,67 @@
+"""Slots of a cache, their lengths as tensors: rows are written by index, attention sees a fixed width.
+
+Nothing is decided on the host, so a model can run over it compiled, with one program for every length.
+Shapes: B rows, U new tokens, H key/value heads, C capacity, W columns, D head dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+@dataclass(frozen=True, slots=True)
+class StaticRows:
+    """Where a batch's rows lie in a cache's storage [L, 2, slots, H, C, D], and their committed lengths.
+
+    `columns_W`: 0 ... W-1; no row may reach beyond them.
+    """
+
+    storage_L2BHCD: Tensor
+    slots_B: Tensor
+    lengths_B: Tensor
+    columns_W: Tensor
+
+    def positions_BU(self, count: int) -> Tensor:
+        """Of so many tokens after each row's committed ones."""
+        return self.lengths_B[:, None] + torch.arange(count, device=self.lengths_B.device)
+
+    def as_cache(self, positions_BU: Tensor) -> Cache:
+        """For a model's forward pass over tokens at these positions."""
+        return Cache(layers=[_StaticLayer(self, layer, positions_BU) for layer in self.storage_L2BHCD])
+
+
+class _StaticLayer(CacheLayerMixin):
+    """One layer, as transformers' attention modules see it."""
+
+    is_sliding = False
+
+    def __init__(self, rows: StaticRows, storage_2BHCD: Tensor, positions_BU: Tensor) -> None:
+        super().__init__()
+        self._rows, self._storage_2BHCD, self._positions_BU = rows, storage_2BHCD, positions_BU
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: memory is given at construction."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write new rows [B, H, U, D] at their positions; return [B, H, W, D]."""
+        slots_B, width = self._rows.slots_B, self._rows.columns_W.shape[0]
+        states = (key_states, value_states)
+        for part_BHCD, new in zip(self._storage_2BHCD.unbind(), states, strict=True):
+            # Advanced indices on both sides of a slice come first: [B, U, H, D].
+            part_BHCD[slots_B[:, None], :, self._positions_BU] = new.transpose(1, 2)
+        keys, values = (part[:, :, :width].index_select(0, slots_B) for part in self._storage_2BHCD.unbind())
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._rows.columns_W.shape[0], 0
+
+    def get_seq_length(self) -> int:
+        return 0  # positions are given
+
+    def get_max_length(self) -> int:
+        return int(self._storage_2BHCD.shape[3])
