@@ -29,7 +29,7 @@ class StaticRows:
 
     def as_cache(self, positions_BU: Tensor) -> Cache:
         """For a model's forward pass over tokens at these positions."""
-        return Cache(layers=[_StaticLayer(self, layer, positions_BU) for layer in self.storage_L2BHCD])
+        return Cache(layers=[_StaticLayer(self, layer, positions_BU) for layer in range(len(self.storage_L2BHCD))])
 
 
 class _StaticLayer(CacheLayerMixin):
@@ -37,9 +37,9 @@ class _StaticLayer(CacheLayerMixin):
 
     is_sliding = False
 
-    def __init__(self, rows: StaticRows, storage_2BHCD: Tensor, positions_BU: Tensor) -> None:
+    def __init__(self, rows: StaticRows, layer: int, positions_BU: Tensor) -> None:
         super().__init__()
-        self._rows, self._storage_2BHCD, self._positions_BU = rows, storage_2BHCD, positions_BU
+        self._rows, self._layer, self._positions_BU = rows, layer, positions_BU
         self.is_initialized = True
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -50,12 +50,14 @@ class _StaticLayer(CacheLayerMixin):
     ) -> tuple[Tensor, Tensor]:
         """Write new rows [B, H, U, D] at their positions; return [B, H, W, D]."""
         slots_B, width = self._rows.slots_B, self._rows.columns_W.shape[0]
-        states = (key_states, value_states)
-        for part_BHCD, new in zip(self._storage_2BHCD.unbind(), states, strict=True):
-            # Advanced indices on both sides of a slice come first: [B, U, H, D].
-            part_BHCD[slots_B[:, None], :, self._positions_BU] = new.transpose(1, 2)
-        keys, values = (part[:, :, :width].index_select(0, slots_B) for part in self._storage_2BHCD.unbind())
-        return keys, values
+        storage, layer_11 = self._rows.storage_L2BHCD, torch.full_like(slots_B[:1, None], self._layer)
+        for part, new in enumerate((key_states, value_states)):
+            part_11 = torch.full_like(layer_11, part)
+            # Every index a tensor, on no view: a compiled program then writes to the storage, not to a copy.
+            # Indices on both sides of a slice come first: [B, U, H, D].
+            storage[layer_11, part_11, slots_B[:, None], :, self._positions_BU] = new.transpose(1, 2)
+        keys, values = storage[self._layer, 0, :, :, :width], storage[self._layer, 1, :, :, :width]
+        return keys.index_select(0, slots_B), values.index_select(0, slots_B)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self._rows.columns_W.shape[0], 0
@@ -64,4 +66,4 @@ class _StaticLayer(CacheLayerMixin):
         return 0  # positions are given
 
     def get_max_length(self) -> int:
-        return int(self._storage_2BHCD.shape[3])
+        return int(self._rows.storage_L2BHCD.shape[4])
