@@ -17,9 +17,9 @@ from torch.nn import functional
 from medusa_core.draft.head_stack import HeadStack, gated, initial_rows
 from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.prefix import PrefixLayer
+from medusa_core.draft.read_program import PrefixReader
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.model.packed import PackedLinear, pack_linears
-from medusa_core.model.static_rows import StaticRows
 
 Embed = Callable[[Tensor], Tensor]
 """Token ids [...] -> embeddings [..., E], as the backbone's own embedding module gives them."""
@@ -64,6 +64,7 @@ class HydraHeads(HeadStack):
         # In a tuple: the module itself would become a part of this one, and be trained and saved along.
         self._borrowed = (embed,)
         self.prefix = prefix
+        self.reader = None if prefix is None else PrefixReader(prefix, shape.num_heads + 1)
         self.dropout = dropout
 
         def zeros(*size: int) -> nn.Parameter:
@@ -121,15 +122,10 @@ class HydraHeads(HeadStack):
     @torch.inference_mode()
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         """What the next drafts come from [B, E], after so many more committed tokens in each row."""
-        if self.prefix is None:
+        if self.reader is None:
             return last_of_each(hidden_BUE, counts)
         assert cache is not None
-        device, width = hidden_BUE.device, max(cache.lengths) + hidden_BUE.shape[1]
-        slots_B, lengths_B = (torch.tensor(values, device=device) for values in (cache.slots, cache.lengths))
-        rows = StaticRows(cache.storage_L2BHCD, slots_B, lengths_B, torch.arange(width, device=device))
-        output_BUE = self.prefix.read(hidden_BUE.to(self.dtype), rows)
-        cache.advance(counts)
-        return last_of_each(output_BUE, counts)
+        return self.reader.read(hidden_BUE.to(self.dtype), counts, cache)
 
     @torch.inference_mode()
     def contextualize(self, hidden_BSE: Tensor) -> Tensor:

@@ -61,20 +61,21 @@ class PrefixLayer(nn.Module):
         output: Tensor = functional_call(self.model, parameters, kwargs=arguments).last_hidden_state
         return output
 
-    def read(self, hidden_BUE: Tensor, rows: StaticRows) -> Tensor:
-        """Outputs [B, U, E] for new tokens, whose keys and values then lie after the rows' committed ones.
+    def read(self, hidden_BUE: Tensor, counts_B: Tensor, rows: StaticRows) -> Tensor:
+        """Output [B, E] at each row's last new token, of which it has `counts_B`; what follows is padding.
 
-        Whatever pads the shorter rows may follow their own: nothing before it sees it.
+        The keys and values of all U then lie after the row's committed ones.
         """
         positions_BU = rows.positions_BU(hidden_BUE.shape[1])
-        output: Tensor = self.model(
+        output_BUE: Tensor = self.model(
             inputs_embeds=hidden_BUE,
             attention_mask=(rows.columns_W <= positions_BU[:, :, None])[:, None],
             position_ids=positions_BU,
             past_key_values=rows.as_cache(positions_BU),
             use_cache=True,
         ).last_hidden_state
-        return output
+        last_B1E = (counts_B - 1)[:, None, None].expand(-1, 1, output_BUE.shape[2])
+        return output_BUE.gather(1, last_B1E)[:, 0]
 
 
 def prefix_config(backbone: PreTrainedConfig) -> LlamaConfig:

@@ -1,14 +1,20 @@
 """The read program: Hydra++'s prefix attention over a step's committed tokens, tensors in and tensors out.
 
-Nothing in it is decided on the host: a path is padded, lengths are tensors, keys and values are written by
-index. Shapes: B rows, T tokens of a forward pass, U = a path's greatest length, E hidden size, W columns.
+Nothing in it is decided on the host: new tokens are padded, lengths are tensors, keys and values are written
+by index. Shapes: B rows, U new tokens with padding, E hidden size, W columns.
 """
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from medusa_core.draft.prefix import PrefixLayer
+from medusa_core.model.kv_cache import CacheRows
 from medusa_core.model.static_rows import StaticRows
+
+WIDTHS = 128  # W is a multiple of it, so that a compiled program sees few widths
 
 
 class ReadProgram(nn.Module):
@@ -20,40 +26,52 @@ class ReadProgram(nn.Module):
 
     def forward(
         self,
-        hidden_BTE: Tensor,
-        path_BU: Tensor,
+        hidden_BUE: Tensor,
         counts_B: Tensor,
         slots_B: Tensor,
         lengths_B: Tensor,
         columns_W: Tensor,
         storage_L2BHCD: Tensor,
     ) -> Tensor:
-        """The layer's output [B, E] at each row's last new token.
+        """The layer's output [B, E] at each row's last new token, of which it has `counts_B`.
 
-        Of the hidden states of a forward pass, each row's first `counts_B` of `path_BU` (int64 indices) are
-        new; the rest pads. `lengths_B`: tokens read before; `columns_W`: 0 ... W-1, W at least the greatest
-        length + U. The keys and values go to `storage_L2BHCD`, of which `slots_B` are the rows.
+        `lengths_B`: tokens read before; `columns_W`: 0 ... W-1, W at least the greatest length + U. Keys and
+        values go to the rows `slots_B` of `storage_L2BHCD`.
         """
-        place_BUE = path_BU[:, :, None].expand(-1, -1, hidden_BTE.shape[2])
         rows = StaticRows(storage_L2BHCD, slots_B, lengths_B, columns_W)
-        output_BUE = self.prefix.read(hidden_BTE.gather(1, place_BUE).to(storage_L2BHCD.dtype), rows)
-        last_B1E = (counts_B - 1)[:, None, None].expand(-1, 1, output_BUE.shape[2])
-        return output_BUE.gather(1, last_B1E)[:, 0]
+        return self.prefix.read(hidden_BUE, counts_B, rows)
 
-    def example_inputs(self, hidden_BTE: Tensor, storage_L2BHCD: Tensor, depth: int) -> tuple[Tensor, ...]:
-        """Inputs to trace the program with: T and W may be dynamic, U is `depth` + 1."""
-        device, zero_B = (
-            hidden_BTE.device,
-            torch.zeros(len(hidden_BTE), dtype=torch.long, device=hidden_BTE.device),
-        )
-        path_BU = zero_B[:, None].expand(-1, depth + 1).clone()
-        columns_W = torch.arange(min(256, storage_L2BHCD.shape[4]), device=device)
-        return (
-            hidden_BTE,
-            path_BU,
-            zero_B + 1,
-            torch.arange(len(zero_B), device=device),
-            zero_B,
-            columns_W,
-            storage_L2BHCD,
-        )
+    def example_inputs(self, hidden_BUE: Tensor, storage_L2BHCD: Tensor) -> tuple[Tensor, ...]:
+        """Inputs to trace the program with; W may be dynamic, at most the storage's capacity."""
+        zero_B = torch.zeros(len(hidden_BUE), dtype=torch.long, device=hidden_BUE.device)
+        slots_B = torch.arange(len(zero_B), device=zero_B.device)
+        columns_W = torch.arange(storage_L2BHCD.shape[4] // 2, device=zero_B.device)
+        return hidden_BUE, zero_B + 1, slots_B, zero_B, columns_W, storage_L2BHCD
+
+
+class PrefixReader:
+    """A `ReadProgram` with its inputs made of the host's values.
+
+    `run` is called for up to `step_tokens` new tokens, padded to so many: the program itself, or what was
+    compiled from it. More than those, of a prompt, the program reads.
+    """
+
+    def __init__(self, prefix: PrefixLayer, step_tokens: int) -> None:
+        self.program = ReadProgram(prefix)
+        self.run: Callable[..., Tensor] = self.program
+        self._step_tokens = step_tokens
+
+    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows) -> Tensor:
+        """Output [B, E] at each row's last new token; `cache` then holds all `counts` of them."""
+        missing = self._step_tokens - hidden_BUE.shape[1]
+        run = self.program if missing < 0 else self.run
+        if missing > 0:
+            hidden_BUE = functional.pad(hidden_BUE, (0, 0, 0, missing))
+        device = hidden_BUE.device
+        needed = max(cache.lengths) + hidden_BUE.shape[1]
+        width = min(-(-needed // WIDTHS) * WIDTHS, cache.storage_L2BHCD.shape[4])
+        packed = torch.tensor([counts, cache.slots, cache.lengths], device=device)
+        columns_W = torch.arange(width, device=device)
+        hidden_BE = run(hidden_BUE, *packed.unbind(), columns_W, cache.storage_L2BHCD)
+        cache.advance(counts)
+        return hidden_BE

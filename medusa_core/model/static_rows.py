@@ -29,7 +29,9 @@ class StaticRows:
 
     def as_cache(self, positions_BU: Tensor) -> Cache:
         """For a model's forward pass over tokens at these positions."""
-        return Cache(layers=[_StaticLayer(self, layer, positions_BU) for layer in range(len(self.storage_L2BHCD))])
+        return Cache(
+            layers=[_StaticLayer(self, layer, positions_BU) for layer in range(len(self.storage_L2BHCD))]
+        )
 
 
 class _StaticLayer(CacheLayerMixin):

@@ -74,15 +74,14 @@ def slow_dynamic_tree(
 ) -> set[tuple[int, ...]]:
     """Level by level, one path at a time.
 
-    Of each level as many are kept as the tree has room for below a chain, and as many expanded as could each
-    have a child in it.
+    Of each level as many are kept as the tree has room for below a chain, and two for five of them expanded.
     """
     found: list[tuple[float, tuple[int, ...]]] = []
     level: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for depth in range(min(heads.num_heads, nodes - 1)):
         below = []
         room = nodes - 1 - depth
-        for joint, path in level[: max(1, (room + 1) // 2)]:
+        for joint, path in level[: max(1, (room + 1) * 2 // 5)]:
             scores = reference_logits(heads, embed, hidden_E, [root, *path])
             if noise is not None:
                 scores = scores + 0.8 * 0.9 * noise[depth]
