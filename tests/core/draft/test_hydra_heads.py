@@ -1,5 +1,6 @@
 """Hydra heads and their trees against slow per-path references, and the prefix layer's cache, in float32."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -127,6 +128,30 @@ def test_dynamic_proposal_equals_the_slow_one(
         )
         assert tokens[0] == ROOTS[slot]
         assert set(paths[1:]) == expected
+        assert tree.depths_BT[slot].tolist() == [len(path) for path in paths]
+        for node, path in enumerate(paths):
+            above = {other for other, p in enumerate(paths) if p == path[: len(p)]}
+            assert set(tree.ancestors_BTT[slot, node].nonzero()[:, 0].tolist()) == above
+
+
+@pytest.mark.parametrize("nodes", [2, 7, 16, 40])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+@torch.inference_mode()
+def test_heads_that_overflow_still_give_a_tree(
+    tiny_backbone: Backbone, hidden_BE: Tensor, value: float, nodes: int
+) -> None:
+    """Prefix-closed and of the right size: else a wrong token could be accepted."""
+    heads = randomize(new_hydra_heads(tiny_backbone, num_layers=1, with_prefix=False))
+    assert heads.output_bias is not None
+    heads.output_bias[0, 7] = value
+    heads.output_bias[1] = value
+    heads.output_bias[3, ::2] = value
+    tree = make_drafter(heads, nodes, CPU).draft(hidden_BE, ROOTS, TAUS, 0.0, None)
+    assert tree.tokens_BT.shape == (2, nodes)
+    for slot in range(2):
+        parents = tree.parents_BT[slot].tolist()
+        paths = paths_of(tree.tokens_BT[slot].tolist(), parents)
+        assert len(set(paths)) == nodes
         assert tree.depths_BT[slot].tolist() == [len(path) for path in paths]
         for node, path in enumerate(paths):
             above = {other for other, p in enumerate(paths) if p == path[: len(p)]}
