@@ -98,7 +98,7 @@ class HeadSource:
         """Have the heads read what they have not; returns what the next drafts come from [B, E]."""
         unread = [self._unread[slot] for slot in slots]
         counts = [len(rows) for rows in unread]
-        hidden_BUE = pad_sequence(unread, batch_first=True)
+        hidden_BUE = pad_sequence(unread, batch_first=True) if len(unread) > 1 else unread[0][None]
         rows = None if self.draft_cache is None else self.draft_cache.rows(tuple(slots))
         hidden_BE = self.heads.read(hidden_BUE, counts, rows)
         if rows is not None:

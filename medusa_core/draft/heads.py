@@ -96,5 +96,7 @@ class TrainableHeads(DraftHeads, Protocol):
 
 def last_of_each(rows_BUE: Tensor, counts: Sequence[int]) -> Tensor:
     """Each row's last counted entry [B, E]."""
+    if len(counts) == 1:
+        return rows_BUE[:, counts[0] - 1]
     places = torch.tensor(counts, device=rows_BUE.device) - 1
     return rows_BUE[torch.arange(len(counts), device=rows_BUE.device), places]

@@ -17,6 +17,7 @@ from torch.nn import functional
 from medusa_core.draft.head_stack import HeadStack, gated, initial_rows
 from medusa_core.draft.heads import TrainingBatch, last_of_each
 from medusa_core.draft.prefix import PrefixLayer
+from medusa_core.draft.read_program import PrefixReader
 from medusa_core.model.kv_cache import CacheRows, CacheShape
 from medusa_core.model.packed import PackedLinear, pack_linears
 
@@ -63,6 +64,7 @@ class HydraHeads(HeadStack):
         # In a tuple: the module itself would become a part of this one, and be trained and saved along.
         self._borrowed = (embed,)
         self.prefix = prefix
+        self.reader = None if prefix is None else PrefixReader(prefix, shape.num_heads + 1)
         self.dropout = dropout
 
         def zeros(*size: int) -> nn.Parameter:
@@ -120,10 +122,10 @@ class HydraHeads(HeadStack):
     @torch.inference_mode()
     def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows | None) -> Tensor:
         """What the next drafts come from [B, E], after so many more committed tokens in each row."""
-        if self.prefix is not None:
-            assert cache is not None
-            hidden_BUE = self.prefix.read(hidden_BUE.to(self.dtype), counts, cache)
-        return last_of_each(hidden_BUE, counts)
+        if self.reader is None:
+            return last_of_each(hidden_BUE, counts)
+        assert cache is not None
+        return self.reader.read(hidden_BUE.to(self.dtype), counts, cache)
 
     @torch.inference_mode()
     def contextualize(self, hidden_BSE: Tensor) -> Tensor:

@@ -3,10 +3,9 @@
 The backbone's last hidden state was made to predict one token; this layer gathers from all of them what
 helps to predict several. It has keys and values of its own, in a cache that trails the backbone's.
 
-Shapes: B slots, T new tokens, S tokens of a whole sequence, E hidden size.
+Shapes: B rows, U new tokens, S tokens of a whole sequence, E hidden size.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import LlamaConfig, LlamaModel, PreTrainedConfig
 
-from medusa_core.model.kv_cache import CacheRows, CacheShape
-from medusa_core.model.masks import causal, visible_columns
+from medusa_core.model.kv_cache import CacheShape
+from medusa_core.model.static_rows import StaticRows
 
 
 class PrefixLayer(nn.Module):
@@ -62,23 +61,21 @@ class PrefixLayer(nn.Module):
         output: Tensor = functional_call(self.model, parameters, kwargs=arguments).last_hidden_state
         return output
 
-    def read(self, hidden_BUE: Tensor, counts: Sequence[int], cache: CacheRows) -> Tensor:
-        """Outputs [B, U, E] for each row's first `counts` tokens, which `cache` then holds too.
+    def read(self, hidden_BUE: Tensor, counts_B: Tensor, rows: StaticRows) -> Tensor:
+        """Output [B, E] at each row's last new token, of which it has `counts_B`; what follows is padding.
 
-        What stands after them in the shorter rows is padding.
+        The keys and values of all U then lie after the row's committed ones.
         """
-        size, device = hidden_BUE.shape[1], hidden_BUE.device
-        starts_B1 = torch.tensor(cache.lengths, device=device)[:, None]
-        among = causal(size, device).expand(len(hidden_BUE), -1, -1)
-        output: Tensor = self.model(
+        positions_BU = rows.positions_BU(hidden_BUE.shape[1])
+        output_BUE: Tensor = self.model(
             inputs_embeds=hidden_BUE,
-            attention_mask=visible_columns(cache.lengths, among)[:, None],
-            position_ids=starts_B1 + torch.arange(size, device=device),
-            past_key_values=cache,
+            attention_mask=(rows.columns_W <= positions_BU[:, :, None])[:, None],
+            position_ids=positions_BU,
+            past_key_values=rows.as_cache(positions_BU),
             use_cache=True,
         ).last_hidden_state
-        cache.advance(counts)
-        return output
+        last_B1E = (counts_B - 1)[:, None, None].expand(-1, 1, output_BUE.shape[2])
+        return output_BUE.gather(1, last_B1E)[:, 0]
 
 
 def prefix_config(backbone: PreTrainedConfig) -> LlamaConfig:

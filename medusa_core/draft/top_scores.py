@@ -14,7 +14,7 @@ IMPOSSIBLE = -1e4  # log-probability; finite, so that its children still rank be
 def top_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The `count` greatest of the last dimension, best first, and where they stand, both [..., R].
 
-    Exact: they lie in the groups with the `count` greatest maxima. NaN counts as `IMPOSSIBLE`.
+    Exact: they lie in the groups with the `count` greatest maxima. A NaN makes its group `IMPOSSIBLE`.
     """
     total = scores.shape[-1]
     groups = -(-total // GROUP)

@@ -10,7 +10,6 @@ from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.model.masks import causal
 from medusa_core.model.packed import PackedLinear, pack_linears, packing_pays
-from medusa_core.model.static_rows import layers_of
 from medusa_core.model.tree_attention import restore_attention, use_tree_attention
 from medusa_core.model.verify_program import VerifyProgram
 
@@ -56,7 +55,7 @@ def _probe(backbone: Backbone) -> str | None:
     zero, columns = torch.zeros_like(ids[:, 0]), torch.arange(PROBE_CAPACITY - 1, device=backbone.device)
     try:
         _, logits = VerifyProgram(backbone.model, backbone.verify_facts)(
-            ids, ids, causal(PROBE_NODES, backbone.device), zero, zero, columns, *layers_of(cache)
+            ids, ids, causal(PROBE_NODES, backbone.device), zero, zero, columns, cache.storage_L2BHCD
         )
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as error:
         return f"{type(backbone.model).__name__}: {str(error).splitlines()[0]}"

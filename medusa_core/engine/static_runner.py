@@ -17,7 +17,7 @@ from medusa_core.engine.runner import EagerRunner
 from medusa_core.engine.sampling import NoiseOfKeys
 from medusa_core.model.backbone import Backbone, BackboneOutput
 from medusa_core.model.kv_cache import KVCache
-from medusa_core.model.static_rows import bucket, layers_of
+from medusa_core.model.static_rows import bucket
 from medusa_core.model.verify_program import VerifyProgram
 from medusa_core.programs.program import MAX_NODES, MIN_NODES
 from medusa_core.programs.switch import Switch
@@ -39,7 +39,6 @@ class StaticRunner:
         self._greedy = Switch(AcceptProgram(facts.cache, vocab, dtype, sampled=False))
         self._sampled = Switch(AcceptProgram(facts.cache, vocab, dtype, sampled=True))
         self._noise = Switch(NoiseProgram(torch.arange(vocab, device=device)))
-        self._keys, self._values = layers_of(cache)
         self._columns = torch.arange(cache.capacity, device=device)
 
     @property
@@ -69,8 +68,7 @@ class StaticRunner:
             batch.slots_B,
             batch.lengths_B,
             self._columns[:width],
-            self._keys,
-            self._values,
+            self._cache.storage_L2BHCD,
         )
         return BackboneOutput(hidden_BTE, logits_BTV)
 

@@ -159,6 +159,11 @@ class CacheRows(Cache):
         super().__init__(layers=list(self._rows_layers))
 
     @property
+    def storage_L2BHCD(self) -> Tensor:
+        """Of all slots."""
+        return self._cache.storage_L2BHCD
+
+    @property
     def lengths(self) -> tuple[int, ...]:
         """Committed tokens n of each row."""
         return tuple(self._cache.lengths[slot] for slot in self.slots)

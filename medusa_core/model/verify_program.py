@@ -5,7 +5,6 @@ Run as it is, or compiled as one program for all tree sizes and context widths.
 Shapes: B rows, T nodes, W columns, S slots, E hidden size, V vocabulary, [S, H, C, D] a layer's keys.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.export import Dim
 from transformers import PreTrainedModel
 
 from medusa_core.model.kv_cache import CacheShape
-from medusa_core.model.static_rows import StaticRows, columns_after
+from medusa_core.model.static_rows import StaticRows
 from medusa_core.programs.program import (
     MAX_WIDTH,
     MIN_NODES,
@@ -53,8 +52,7 @@ class VerifyProgram(Program):
     def example(self) -> tuple[Argument, ...]:
         """One row of 16 nodes in one of two slots."""
         shape, nodes = self._facts.cache, 16
-        size = (2, shape.num_kv_heads, 200, shape.head_dim)
-        layers = [torch.zeros(size, dtype=self.model.dtype) for _ in range(2 * shape.num_layers)]
+        size = (shape.num_layers, 2, 2, shape.num_kv_heads, 200, shape.head_dim)
         zeros = torch.zeros(1, nodes, dtype=torch.long)
         return (
             zeros,
@@ -63,16 +61,14 @@ class VerifyProgram(Program):
             zeros[:, 0].clone(),
             zeros[:, 0].clone(),
             torch.arange(50),
-            layers[::2],
-            layers[1::2],
+            torch.zeros(size, dtype=self.model.dtype),
         )
 
     def sizes(self) -> tuple[Any, ...]:
         """Any tree, width and cache; one row."""
         nodes, width = node_sizes(), Dim("width", min=MIN_NODES, max=MAX_WIDTH)
         slots, capacity = cache_sizes()
-        layers = [{0: slots, 2: capacity}] * self._facts.cache.num_layers
-        return ({1: nodes}, {1: nodes}, {1: nodes, 2: nodes}, None, None, {0: width}, layers, layers)
+        return ({1: nodes}, {1: nodes}, {1: nodes, 2: nodes}, None, None, {0: width}, {2: slots, 4: capacity})
 
     def forward(
         self,
@@ -82,8 +78,7 @@ class VerifyProgram(Program):
         slots_B: Tensor,
         lengths_B: Tensor,
         columns_W: Tensor,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
+        storage_L2BHCD: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states [B, T, E] after the final norm and logits [B, T, V] of all nodes.
 
@@ -91,12 +86,13 @@ class VerifyProgram(Program):
         many columns are looked at, which must hold the longest row and its nodes.
         """
         positions_BT = lengths_B[:, None] + depths_BT
-        columns_BT = columns_after(lengths_B, tokens_BT.shape[1])
+        rows = StaticRows(storage_L2BHCD, slots_B, lengths_B, columns_W)
+        columns_BT = rows.positions_BU(tokens_BT.shape[1])
         kwargs: dict[str, Any] = {
             "input_ids": tokens_BT,
             "position_ids": positions_BT,
-            "attention_mask": self._masks(positions_BT, ancestors_BTT, lengths_B, columns_W),
-            "past_key_values": StaticRows(keys, values, slots_B, columns_BT, columns_W.shape[0]),
+            "attention_mask": self._masks(positions_BT, columns_BT, ancestors_BTT, rows),
+            "past_key_values": rows.as_cache(columns_BT),
             "use_cache": True,
         }
         if self._facts.splits:
@@ -108,11 +104,12 @@ class VerifyProgram(Program):
         return hidden_BTE, logits_BTV[..., : self._facts.vocab_size]
 
     def _masks(
-        self, positions_BT: Tensor, ancestors_BTT: Tensor, lengths_B: Tensor, columns_W: Tensor
+        self, positions_BT: Tensor, columns_BT: Tensor, ancestors_BTT: Tensor, rows: StaticRows
     ) -> Tensor | dict[str, Tensor]:
         """True where a node sees a column [B, 1, T, W], by kind of layer where they differ."""
         # Products with 0 and 1, exact in float32: compiled, a gather would be done anew in every layer.
-        is_node_BTW = (columns_after(lengths_B, positions_BT.shape[1])[:, :, None] == columns_W).float()
+        lengths_B, columns_W = rows.lengths_B, rows.columns_W
+        is_node_BTW = (columns_BT[:, :, None] == columns_W).float()
         among_BTW = ancestors_BTT.float() @ is_node_BTW
         visible = ((columns_W < lengths_B[:, None])[:, None] | (among_BTW > 0))[:, None]
         if self._facts.window is None:

@@ -1,5 +1,6 @@
 """Hydra heads and their trees against slow per-path references, and the prefix layer's cache, in float32."""
 
+import math
 import random
 from collections.abc import Callable
 
@@ -74,15 +75,14 @@ def slow_dynamic_tree(
 ) -> set[tuple[int, ...]]:
     """Level by level, one path at a time.
 
-    Of each level as many are kept as the tree has room for below a chain, and as many expanded as could each
-    have a child in it.
+    Of each level as many are kept as the tree has room for below a chain, and two for five of them expanded.
     """
     found: list[tuple[float, tuple[int, ...]]] = []
     level: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for depth in range(min(heads.num_heads, nodes - 1)):
         below = []
         room = nodes - 1 - depth
-        for joint, path in level[: max(1, (room + 1) // 2)]:
+        for joint, path in level[: max(1, (room + 1) * 2 // 5)]:
             scores = reference_logits(heads, embed, hidden_E, [root, *path])
             if noise is not None:
                 scores = scores + 0.8 * 0.9 * noise[depth]
@@ -128,6 +128,30 @@ def test_dynamic_proposal_equals_the_slow_one(
         )
         assert tokens[0] == ROOTS[slot]
         assert set(paths[1:]) == expected
+        assert tree.depths_BT[slot].tolist() == [len(path) for path in paths]
+        for node, path in enumerate(paths):
+            above = {other for other, p in enumerate(paths) if p == path[: len(p)]}
+            assert set(tree.ancestors_BTT[slot, node].nonzero()[:, 0].tolist()) == above
+
+
+@pytest.mark.parametrize("nodes", [2, 7, 16, 40])
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 1e30])
+@torch.inference_mode()
+def test_heads_that_overflow_still_give_a_tree(
+    tiny_backbone: Backbone, hidden_BE: Tensor, value: float, nodes: int
+) -> None:
+    """Prefix-closed and of the right size: else a wrong token could be accepted."""
+    heads = randomize(new_hydra_heads(tiny_backbone, num_layers=1, with_prefix=False))
+    assert heads.output_bias is not None
+    heads.output_bias[0, 7] = value
+    heads.output_bias[1] = value
+    heads.output_bias[3, ::2] = value
+    tree = make_drafter(heads, nodes, CPU).draft(hidden_BE, ROOTS, TAUS, 0.0, None)
+    assert tree.tokens_BT.shape == (2, nodes)
+    for slot in range(2):
+        parents = tree.parents_BT[slot].tolist()
+        paths = paths_of(tree.tokens_BT[slot].tolist(), parents)
+        assert len(set(paths)) == nodes
         assert tree.depths_BT[slot].tolist() == [len(path) for path in paths]
         for node, path in enumerate(paths):
             above = {other for other, p in enumerate(paths) if p == path[: len(p)]}
