@@ -1,6 +1,7 @@
 """The engine's slots: who gets one, whose turn it is, and how every request ends."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from transformers import LlamaForCausalLM
 
 from medusa_core.draft.heads import ParallelHeads
 from medusa_core.draft.medusa import MedusaHeads
+from medusa_core.engine import adaptive_size
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.outputs import FinishReason, StepOutput
 from medusa_core.errors import CapacityError, ConfigError, RequestError, TreeError
@@ -453,3 +455,20 @@ def test_speculation_that_costs_more_than_it_gains_is_turned_off(
     # Greedy answers lost their tree, not those at another temperature.
     warm = list(engine.steps([5, 6], SamplingParams(temperature=0.8, max_tokens=20, ignore_eos=True)))
     assert next(o.stats.tree_nodes for o in warm if o.stats and not o.stats.is_prefill) == 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_steps_that_only_learn_times_decide_the_same_tokens(
+    build_engine: BuildEngine,
+    trained_heads: MedusaHeads,
+    monkeypatch: pytest.MonkeyPatch,
+    temperature: float,
+) -> None:
+    monkeypatch.setattr(adaptive_size, "PROBE_STEPS", 3)
+    engine = build_engine(trained_heads, tree_nodes=16, measure=True)
+    params = SamplingParams(temperature=temperature, max_tokens=120, ignore_eos=True, seed=4)
+    outputs = list(engine.steps([5, 6], params))
+    sizes = {o.stats.tree_nodes for o in outputs if o.stats and not o.stats.is_prefill}
+    assert {1, 2, 4, 8, 12, 16} <= sizes
+    off = replace(params, speculation=speculate("off"))
+    assert tokens_of(outputs) == tokens_of(list(engine.steps([5, 6], off)))
