@@ -104,7 +104,8 @@ class Cluster:
             if condition(replicas):
                 return replicas
             time.sleep(0.2)
-        raise SystemExit(f"no {what} after {START_SECONDS:g} s; Ray's logs are in {self._logs}\n{self._tails()}")
+        problem = f"no {what} after {START_SECONDS:g} s; Ray's logs are in {self._logs}"
+        raise SystemExit(f"{problem}\n{self._tails()}")
 
     def _tails(self) -> str:
         """The end of each replica's log."""

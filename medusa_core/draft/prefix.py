@@ -47,6 +47,11 @@ class PrefixLayer(nn.Module):
         return layer
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and outputs."""
+        return next(self.parameters()).dtype
+
+    @property
     def cache_shape(self) -> CacheShape:
         config = self.config
         return CacheShape(1, int(config.num_key_value_heads or 1), int(config.head_dim or 1))

@@ -418,7 +418,9 @@ class Engine:
         if self.head_source is None or not isinstance(self.heads, HeadStack):
             return []
         sizes = DRAFT_SIZES if self.config.tree_nodes is None else (self.config.tree_nodes,)
-        return [self.head_source.trees.drafter(DYNAMIC, nodes).run for nodes in sizes if nodes > 1]
+        reader = getattr(self.heads, "reader", None)
+        drafters = [self.head_source.trees.drafter(DYNAMIC, nodes).run for nodes in sizes if nodes > 1]
+        return drafters if reader is None else [reader.run, *drafters]
 
     def _plan_by_times(self) -> None:
         """Time the step as it runs now, and choose the tree."""

@@ -34,8 +34,15 @@ def prepare_static(backbone: Backbone, heads: DraftHeads | None, *, reproducible
     if backbone.dtype != torch.float32 and packing_pays(backbone.model):  # float32 products gain nothing
         pack_linears(backbone.model, pack=False)
         if isinstance(heads, HeadStack):
-            heads.pack(pack=False)
+            heads.pack(pack=False, shared_output=_shared_output(backbone, heads))
     return None
+
+
+def _shared_output(backbone: Backbone, heads: HeadStack) -> PackedLinear | None:
+    """The backbone's output layer, where it has just the rows of heads that share it."""
+    output = backbone.model.get_output_embeddings()
+    has_their_rows = heads.token_map is None and heads.vocab_size == output.weight.shape[0]
+    return output if heads.is_shared and has_their_rows and output.bias is None else None
 
 
 def pack_weights(backbone: Backbone, heads: DraftHeads | None) -> None:

@@ -10,18 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.export import Dim
 from transformers import PreTrainedModel
 
 from medusa_core.model.kv_cache import CacheShape
 from medusa_core.model.static_rows import StaticRows
 from medusa_core.programs.program import (
-    MAX_WIDTH,
-    MIN_NODES,
     Argument,
     Program,
     cache_sizes,
     node_sizes,
+    width_sizes,
 )
 
 
@@ -66,9 +64,16 @@ class VerifyProgram(Program):
 
     def sizes(self) -> tuple[Any, ...]:
         """Any tree, width and cache; one row."""
-        nodes, width = node_sizes(), Dim("width", min=MIN_NODES, max=MAX_WIDTH)
-        slots, capacity = cache_sizes()
-        return ({1: nodes}, {1: nodes}, {1: nodes, 2: nodes}, None, None, {0: width}, {2: slots, 4: capacity})
+        nodes, (slots, capacity) = node_sizes(), cache_sizes()
+        return (
+            {1: nodes},
+            {1: nodes},
+            {1: nodes, 2: nodes},
+            None,
+            None,
+            {0: width_sizes()},
+            {2: slots, 4: capacity},
+        )
 
     def forward(
         self,

@@ -57,6 +57,11 @@ def node_sizes() -> Any:
     return Dim("nodes", min=MIN_NODES, max=MAX_NODES)
 
 
+def width_sizes() -> Any:
+    """Columns that are attended over."""
+    return Dim("width", min=MIN_NODES, max=MAX_WIDTH)
+
+
 def cache_sizes() -> tuple[Any, Any]:
     """Numbers of slots, and of columns in each."""
     return Dim("slots", min=1, max=MAX_SLOTS), Dim("capacity", min=MIN_NODES + 1, max=MAX_WIDTH + 1)

@@ -1,5 +1,8 @@
 """A program as it is called: compiled once that is there, until then as it is."""
 
+import copy
+from typing import Any
+
 from torch import Tensor
 
 from medusa_core.programs.compiled import CompiledProgram
@@ -13,8 +16,15 @@ class Switch:
         self.program = program
         self.compiled: CompiledProgram | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Switch":
+        return Switch(copy.deepcopy(self.program, memo))
+
     def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
         if self.compiled is not None and len(arguments[0]) == 1:
             return self.compiled(*arguments)
+        return self.as_it_is(*arguments)
+
+    def as_it_is(self, *arguments: Argument) -> tuple[Tensor, ...]:
+        """Operation by operation."""
         result: Tensor | tuple[Tensor, ...] = self.program(*arguments)
         return (result,) if isinstance(result, Tensor) else result
