@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 
+import torch
+
 from medusa_core.config import EngineConfig
 from medusa_core.programs.library import ProgramLibrary
 from medusa_core.programs.switch import Switch
@@ -15,7 +17,6 @@ from medusa_core.programs.switch import Switch
 logger = logging.getLogger(__name__)
 
 ENTRY = "medusa_core.engine.precompile"
-CHILD_THREADS = "1"
 CHILD_NICENESS = 19
 
 
@@ -74,7 +75,8 @@ class Compilation:
             return
         wanted = asdict(replace(config, compile="on", measure=False, slots=1))
         command = [sys.executable, "-m", ENTRY, json.dumps([model, heads, wanted])]
-        environment = os.environ | {"OMP_NUM_THREADS": CHILD_THREADS}
+        threads = str(torch.get_num_threads())  # which compiled programs depend on
+        environment = os.environ | {"OMP_NUM_THREADS": threads}
         logger.info("the step is being compiled in the background, once for this machine")
         # Our own module, with arguments of our own.
         self._child = subprocess.Popen(  # noqa: S603  # nosec B603
