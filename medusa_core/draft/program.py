@@ -34,7 +34,8 @@ class DraftProgram(nn.Module):
     def __init__(self, heads: DraftHeads, shape: Tree | int, device: torch.device) -> None:
         super().__init__()
         self.heads = heads
-        # Heads only borrow the backbone's embedding; here it is an input of the program like other weights.
+        # Heads only borrow the backbone's embedding; a program names it among its weights, as it is compiled
+        # without any. One that is no module would be compiled in.
         self.embed = getattr(heads, "embed_module", None)
         self.drafter = _drafter(heads, shape, device)
         self._by_level = isinstance(heads, SequentialHeads)
