@@ -72,6 +72,10 @@ class Settings(BaseSettings):
     """Draft tree nodes, root included; unset: chosen by measuring."""
     static_tree: str | None = None
     """What tree 'static' is: a published name or a JSON file; unset: grown for the heads."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the step on a CPU: auto (in the background, once for a machine), on (before serving) or off."""
+    reproducible: bool = True
+    """The same text with any tree, and without, in 16-bit types too."""
     measure: bool = True
     """Time steps at start to choose the tree and estimate the speedup."""
     memory_check: bool = True

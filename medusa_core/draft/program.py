@@ -40,7 +40,8 @@ class DraftProgram(Program):
         super().__init__()
         self.heads = heads
         self._shape, self.vocab_size = shape, vocab_size or heads.vocab_size
-        # Heads only borrow the backbone's embedding; here it is an input of the program like other weights.
+        # Heads only borrow the backbone's embedding; a program names it among its weights, as it is compiled
+        # without any. One that is no module would be compiled in.
         self.embed = getattr(heads, "embed_module", None)
         self.drafter = _drafter(heads, shape, device)
         self._by_level = isinstance(heads, SequentialHeads)

@@ -92,7 +92,8 @@ def new_hydra_heads(backbone: Backbone, num_layers: int, *, with_prefix: bool) -
         vocab_size=backbone.vocab_size,
     )
     prefix = PrefixLayer.new(prefix_config(backbone.config)) if with_prefix else None
-    return HydraHeads.new(shape, lm_head_weight=backbone.lm_head_weight, embed=backbone.embed, prefix=prefix)
+    embed = backbone.model.get_input_embeddings()
+    return HydraHeads.new(shape, lm_head_weight=backbone.lm_head_weight, embed=embed, prefix=prefix)
 
 
 def heads_of_kind(kind: str, backbone: Backbone) -> MedusaHeads | HydraHeads:

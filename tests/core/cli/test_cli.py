@@ -174,7 +174,7 @@ def test_speculation_options_reach_request_and_engine():
     arguments = ["--source", "ngram", "--tree", "static", "--tree-nodes", "9", "--dtype", "float32"]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     speculation = SpeculationParams(source=DraftSourceName.NGRAM, tree="static")
-    assert seen == [(speculation, EngineConfig(dtype="float32", tree_nodes=9))]
+    assert seen == [(speculation, EngineConfig(dtype="float32", tree_nodes=9, compile="off"))]
 
 
 def test_chat_reads_turns_from_a_pipe(engine, invoke):
