@@ -20,6 +20,7 @@ PACKAGE, LITERALS = "program.pt2", "literals.safetensors"
 OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "size_asserts": False,  # packed weights have no strides to assert
+    "always_keep_tensor_constants": True,  # else short ones are compiled in, and these have no content yet
     "compile_threads": 1,
 }
 

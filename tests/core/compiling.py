@@ -1,4 +1,4 @@
-"""Programs really compiled, as an engine does it: without weights, which are packed and given to them then."""
+"""Programs really compiled, as an engine does it: weights are packed and handed over only then."""
 
 import warnings
 from pathlib import Path
