@@ -21,7 +21,6 @@ from medusa_core.config import EMBEDDED_MODEL, EngineConfig, resolve_context_len
 from medusa_core.draft.accuracy import HeadCalibration
 from medusa_core.draft.draft_tree import Origin
 from medusa_core.draft.head_source import HeadSource
-from medusa_core.draft.head_stack import HeadStack
 from medusa_core.draft.head_trees import DYNAMIC, STATIC, HeadTrees
 from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed
@@ -29,41 +28,35 @@ from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
 from medusa_core.draft.tree_size import (
     NGRAM_NODES,
-    expected_speedup,
-    explain_choice,
-    fastest_size,
     scratch_rows,
 )
 from medusa_core.engine.adaptive_size import AdaptiveTreeSizes
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch
+from medusa_core.engine.build_runner import build_runner, check_programs
 from medusa_core.engine.compilation import Compilation
 from medusa_core.engine.emit import decode_stats, emit, failed
 from medusa_core.engine.outputs import StepOutput, StepStats
 from medusa_core.engine.planner import StepPlanner
-from medusa_core.engine.runner import EagerRunner, Runner
 from medusa_core.engine.sequence import Sequence
-from medusa_core.engine.static_model import pack_weights, prepare_static
-from medusa_core.engine.static_runner import StaticRunner, padded_size
+from medusa_core.engine.static_runner import padded_size
 from medusa_core.engine.step import RowResult, decode_step, first_root
 from medusa_core.engine.step_timer import StepTimer
 from medusa_core.engine.step_times import StepTimes
 from medusa_core.engine.timing import phase_timer
+from medusa_core.engine.tree_choice import TreeChoice
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
 from medusa_core.loading.heads import load_static_tree
 from medusa_core.loading.loader import EngineParts, calibration_or_default, load_parts
 from medusa_core.loading.progress import LoadProgress, OnStage
 from medusa_core.model.backbone import Backbone
 from medusa_core.model_info import ModelInfo
-from medusa_core.programs.switch import Switch
 from medusa_core.request import Request
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode
 from medusa_core.text.tokenizer import ChatTokenizer
 
 logger = logging.getLogger(__name__)
 
-DRAFT_SIZES = (16, 8, 12, 24, 32)  # trees that are drafted by compiled programs
-DEFAULT_TREE_NODES = {"cpu": 16, "cuda": 64}  # when neither measured nor told
 Prompt = str | SequenceOf[int] | SequenceOf[Mapping[str, str]]
 
 
@@ -85,7 +78,9 @@ class Engine:
         self._sources = build_sources(self.head_source)
         self._vocabulary_V = torch.arange(self.backbone.vocab_size, device=self.backbone.device)
         self._compilation = Compilation(config.compile)
-        self._runner = self._make_runner(progress)
+        self._runner = build_runner(
+            self.backbone, self._cache, self.head_source, config, self._compilation, progress
+        )
         self._active: OrderedDict[str, Sequence] = OrderedDict()  # the next one's turn is first
         if config.measure:
             progress.enter("measuring step times")
@@ -134,6 +129,11 @@ class Engine:
         return self.head_source.heads if self.head_source else None
 
     @property
+    def tree_nodes(self) -> int:
+        """Nodes of trees whose size no request chooses, root included; 1 is no speculation."""
+        return self._choice.nodes
+
+    @property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         return self.chat_tokenizer.tokenizer
 
@@ -160,8 +160,8 @@ class Engine:
             trees=self.head_source.trees.names if self.head_source else (),
             sources=tuple(name.value for name in self._sources),
             slots=self.config.slots,
-            expected_speedup=self._expected_speedup(),
-            tree_choice=self._explain_tree(),
+            expected_speedup=self._choice.expected_speedup,
+            tree_choice=self._choice.reason,
             defaults=self.default_params(),
         )
 
@@ -239,6 +239,7 @@ class Engine:
         if self.has_work or not self._compilation.take_over():
             return
         logger.info("the step runs compiled from now on: %s", self._compilation)
+        check_programs(self._runner, self.backbone, self.config)
         if self.config.measure:
             self._plan_by_times()
 
@@ -391,71 +392,21 @@ class Engine:
         cache = None if shape is None else self.backbone.new_cache(self.config.slots, capacity, shape)
         return HeadSource(trees, cache)
 
-    def _make_runner(self, progress: LoadProgress) -> Runner:
-        """Programs of static shapes on a CPU, if the model can run by them."""
-        backbone = self.backbone
-        eager = EagerRunner(backbone, self._cache)
-        if backbone.device.type != "cpu":
-            return eager
-        reason = prepare_static(backbone, self.heads, reproducible=self.config.reproducible)
-        if reason is not None:
-            logger.warning("the step runs eagerly, and uncompiled: %s", reason)
-            return eager
-        runner = StaticRunner(backbone, self._cache)
-        switches = [*runner.programs, *self._draft_switches()]
-        if self.config.compile == "on":
-            progress.enter("compiling the step, unless that was done before")
-            self._compilation.compile(switches)
-        pack_weights(backbone, self.heads)
-        for switch in switches:
-            self._compilation.add(switch)
-        if self.head_source is not None and isinstance(self.heads, HeadStack):
-            self.head_source.trees.on_new(self._compilation.add)
-        return runner
-
-    def _draft_switches(self) -> list[Switch]:
-        """Of the trees that requests are given where they name none; heads of others run as they are."""
-        if self.head_source is None or not isinstance(self.heads, HeadStack):
-            return []
-        sizes = DRAFT_SIZES if self.config.tree_nodes is None else (self.config.tree_nodes,)
-        reader = getattr(self.heads, "reader", None)
-        drafters = [self.head_source.trees.drafter(DYNAMIC, nodes).run for nodes in sizes if nodes > 1]
-        return drafters if reader is None else [reader.run, *drafters]
-
     def _plan_by_times(self) -> None:
         """Time the step as it runs now, and choose the tree."""
-        config, name = self.config, str(self._compilation)
+        config, calibration = self.config, self.head_source.calibration if self.head_source else None
+        name = str(self._compilation)
         timer = StepTimer(self._runner, self._cache, self.backbone, self.head_source, name)
         self.step_times = timer.measure(self.context_length) if config.measure else StepTimes()
-        self.tree_nodes = self._choose_tree_nodes()
-        if (reason := self._explain_tree()) is not None:
-            logger.info("%s", reason)
+        self._choice = TreeChoice(self.step_times, calibration, config.tree_nodes, self.backbone.device.type)
+        if self._choice.reason is not None:
+            logger.info("%s", self._choice.reason)
         # Where heads do not pay, or are missing, n-grams may: they draft only what they are sure of.
         sizes = AdaptiveTreeSizes(
             self.step_times,
-            self.head_source.calibration if self.head_source else None,
+            calibration,
             head_nodes=self.tree_nodes,
             ngram_nodes=config.tree_nodes or max(self.tree_nodes, NGRAM_NODES),
             most_nodes=config.tree_nodes,
         )
         self._planner = StepPlanner(self._sources, sizes, self.context_length)
-
-    def _choose_tree_nodes(self) -> int:
-        if self.head_source is None:
-            return 1
-        if self.config.tree_nodes is not None:
-            return self.config.tree_nodes
-        if not self.step_times.trees:
-            default = DEFAULT_TREE_NODES.get(self.backbone.device.type, 16)
-            return self.head_source.calibration.tree_nodes or default
-        return fastest_size(self.step_times.trees, self.head_source.calibration)
-
-    def _explain_tree(self) -> str | None:
-        if self.head_source is None or self.config.tree_nodes is not None or not self.step_times.trees:
-            return None
-        return explain_choice(self.step_times.trees, self.head_source.calibration, self.tree_nodes)
-
-    def _expected_speedup(self) -> float | None:
-        if self.head_source is None or self.tree_nodes not in self.step_times.trees:
-            return None
-        return expected_speedup(self.step_times.trees, self.head_source.calibration, self.tree_nodes)

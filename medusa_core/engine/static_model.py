@@ -9,7 +9,7 @@ from medusa_core.draft.heads import DraftHeads
 from medusa_core.model.backbone import Backbone
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.model.masks import causal
-from medusa_core.model.packed import PackedLinear, pack_linears, packing_pays
+from medusa_core.model.packed import PackedLinear, is_packed, pack_linears, packing_pays
 from medusa_core.model.tree_attention import restore_attention, use_tree_attention
 from medusa_core.model.verify_program import VerifyProgram
 
@@ -31,7 +31,8 @@ def prepare_static(backbone: Backbone, heads: DraftHeads | None, *, reproducible
     if reason is not None:
         restore_attention(backbone.model, before)
         return reason
-    if backbone.dtype != torch.float32 and packing_pays(backbone.model):  # float32 products gain nothing
+    # Float32 products gain nothing.
+    if is_packed(backbone.model) or (backbone.dtype != torch.float32 and packing_pays(backbone.model)):
         pack_linears(backbone.model, pack=False)
         if isinstance(heads, HeadStack):
             heads.pack(pack=False, shared_output=_shared_output(backbone, heads))

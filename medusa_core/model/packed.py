@@ -51,6 +51,11 @@ def pack_linears(module: nn.Module, *, pack: bool = True) -> int:
     return count
 
 
+def is_packed(module: nn.Module) -> bool:
+    """Whether its linear layers were replaced."""
+    return any(isinstance(layer, PackedLinear) for layer in module.modules())
+
+
 @torch.inference_mode()
 def packing_pays(module: nn.Module) -> bool:
     """Whether the largest of a module's first layers is faster packed, on this machine."""

@@ -16,7 +16,9 @@ from medusa_core.programs.program import Program, constants_of
 AnyProgram = TypeVar("AnyProgram", bound=Program)
 PACKAGE = Path(__file__).parents[1]
 SOURCES = (
-    *("programs/*.py", "model/*.py", "draft/*.py", "engine/*_program.py"),
+    *("programs/compiler.py", "programs/program.py"),
+    *("model/kv_cache.py", "model/packed.py", "model/static_rows.py", "model/tree_attention.py"),
+    *("model/verify_program.py", "draft/*.py", "engine/*_program.py"),
     *("engine/acceptance.py", "engine/logits_processors.py", "engine/sampling.py"),
 )
 

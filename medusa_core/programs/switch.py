@@ -1,12 +1,15 @@
 """A program as it is called: compiled once that is there, until then as it is."""
 
 import copy
+import logging
 from typing import Any
 
 from torch import Tensor
 
 from medusa_core.programs.compiled import CompiledProgram
 from medusa_core.programs.program import Argument, Program
+
+logger = logging.getLogger(__name__)
 
 
 class Switch:
@@ -21,7 +24,11 @@ class Switch:
 
     def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
         if self.compiled is not None and len(arguments[0]) == 1:
-            return self.compiled(*arguments)
+            try:
+                return self.compiled(*arguments)
+            except RuntimeError as error:  # what it wrote to caches is written again
+                logger.warning("%s runs uncompiled from now on: %s", type(self.program).__name__, error)
+                self.compiled = None
         return self.as_it_is(*arguments)
 
     def as_it_is(self, *arguments: Argument) -> tuple[Tensor, ...]:
