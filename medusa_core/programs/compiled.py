@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from medusa_core.programs.compiler import LITERALS, PACKAGE
+from medusa_core.programs.compiler import LIBRARY, LITERALS
 from medusa_core.programs.program import Argument, Program, constants_of, flatten
 
 
@@ -16,14 +16,14 @@ class CompiledProgram:
     def __init__(self, folder: Path, program: Program) -> None:
         """Raises `RuntimeError` if the library does not fit the module or cannot be loaded."""
         constants = constants_of(program) | load_file(str(folder / LITERALS))
-        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(folder / PACKAGE), "model", False, 1, -1)
-        names = self._loader.get_constant_fqns()
-        unknown = [name for name in names if name not in constants]
+        self._runner = torch._C._aoti.AOTIModelContainerRunnerCpu(str(folder / LIBRARY), 1)
+        names = self._runner.get_constant_names_to_original_fqns()
+        unknown = sorted(name for name in names.values() if name not in constants)
         if unknown:
             raise RuntimeError(f"the compiled program wants {', '.join(unknown[:3])}, which the module lacks")
         # Kept, as the library only points at them.
-        self._constants = {name: constants[name] for name in names}
-        self._loader.load_constants(self._constants, False, False, True)
+        self._constants = {internal: constants[name] for internal, name in names.items()}
+        self._runner.update_constant_buffer(self._constants, False, False, user_managed=True)
 
     def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
-        return tuple(self._loader.boxed_run(flatten(arguments)))
+        return tuple(self._runner.run(flatten(arguments)))

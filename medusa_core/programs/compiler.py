@@ -4,8 +4,10 @@ torch.export traces it, AOTInductor makes C++ of it, and a C++ compiler a librar
 """
 
 import logging
+import os
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ from medusa_core.programs.program import Program, constants_of
 
 logger = logging.getLogger(__name__)
 
-PACKAGE, LITERALS = "program.pt2", "literals.safetensors"
+LIBRARY, LITERALS = "program.so", "literals.safetensors"
+WORKPLACE = "TORCHINDUCTOR_CACHE_DIR"  # where torch puts what it makes on the way, and loads it from
 OPTIONS: dict[str, Any] = {
     "aot_inductor.package_constants_in_so": False,
     "size_asserts": False,  # packed weights have no strides to assert
@@ -42,13 +45,14 @@ def compile_program(program: Program, folder: Path) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as name:
         temporary = Path(name) / "program"
         temporary.mkdir()
+        os.environ.setdefault(WORKPLACE, str(folder.parent / "inductor"))  # not in /tmp, if that is noexec
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of its own parts
             _compile(program, temporary)
         try:
             temporary.rename(folder)
         except OSError:  # another process was first
-            if not (folder / PACKAGE).exists():
+            if not (folder / LIBRARY).exists():
                 raise
 
 
@@ -60,9 +64,17 @@ def _compile(program: Program, folder: Path) -> None:
         strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,
     )
-    torch._inductor.aoti_compile_and_package(
-        traced, package_path=str(folder / PACKAGE), inductor_configs=OPTIONS
-    )
+    package = folder / "program.pt2"
+    torch._inductor.aoti_compile_and_package(traced, package_path=str(package), inductor_configs=OPTIONS)
+    _take_library(package, folder / LIBRARY)
     known = constants_of(program)
     literals = {name: value.detach().clone() for name, value in traced.constants.items() if name not in known}
     save_file(literals, str(folder / LITERALS))
+
+
+def _take_library(package: Path, library: Path) -> None:
+    """All of the package that is needed, so that nothing has to be unpacked at each start."""
+    with zipfile.ZipFile(package) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith(".so")]
+        library.write_bytes(archive.read(name))
+    package.unlink()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from medusa_core.programs.compiler import PACKAGE
+from medusa_core.programs.compiler import LIBRARY
 from medusa_core.programs.library import FOLDER, ProgramLibrary
 from medusa_core.programs.program import Argument, Program, flatten
 from medusa_core.programs.skeleton import program_key, skeleton_of
@@ -89,7 +89,7 @@ def test_what_cannot_be_loaded_is_discarded(tmp_path: Path, caplog: pytest.LogCa
     program, library = Scaled(2.0), ProgramLibrary(tmp_path)
     folder = tmp_path / FOLDER / program_key(program)
     folder.mkdir(parents=True)
-    (folder / PACKAGE).write_bytes(b"not a program")
+    (folder / LIBRARY).write_bytes(b"not a program")
     assert library.has(program)
     with caplog.at_level(logging.WARNING):
         assert library.find(program) is None
