@@ -41,7 +41,7 @@ COPY medusa_core medusa_core
 COPY server server
 RUN python -m pip install --no-deps . && python -m pip check
 
-# What both images share. No compiler, no pip in the environment, nothing writable but the volume and /tmp.
+# What both images share. No pip in the environment, nothing writable but the volume and /tmp.
 FROM python:${PYTHON_TAG} AS runtime
 LABEL org.opencontainers.image.title="medusa-server" \
       org.opencontainers.image.description="OpenAI-compatible server that decodes with Medusa draft trees" \
@@ -57,6 +57,7 @@ ENV PATH=/opt/medusa/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     HOME=/tmp \
     HF_HOME=/models \
+    MEDUSA_CACHE_DIR=/models/.medusa \
     MEDUSA_HOST=0.0.0.0 \
     MEDUSA_PORT=8000 \
     MEDUSA_METRICS_PORT=9400
@@ -77,6 +78,13 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
 COPY --from=build-cuda /opt/medusa /opt/medusa
 
-# Last, so that a build without --target makes the image that runs everywhere.
+# Last, so that a build without --target makes the image that runs everywhere. On a CPU the step is compiled, once
+# for a machine: what comes of it stays in the volume.
 FROM runtime AS cpu
+USER 0:0
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=build-cpu /opt/medusa /opt/medusa

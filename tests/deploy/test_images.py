@@ -117,7 +117,11 @@ def test_an_image_runs_as_nobody_special_and_hears_signals(stages: dict[str, Sta
         "MEDUSA_METRICS_PORT": "9400",
     }
     runs = [i.text for stage in built for i in stage.instructions if i.word == "RUN"]
-    assert not any("pip" in text or "apt" in text for text in runs)  # these are the build stages' business
+    assert not any("pip" in text for text in runs)  # this is the build stages' business
+    installed = [text for text in runs if "apt" in text]
+    assert len(installed) == (target == "cpu")  # where the step is compiled
+    assert all("--no-install-recommends g++ " in text for text in installed)
+    assert env["MEDUSA_CACHE_DIR"].startswith(env["HF_HOME"])  # what may be executed, and lasts
     assert Settings.model_fields["host"].default == "127.0.0.1"
 
 
@@ -268,7 +272,7 @@ def test_the_example_names_every_setting_and_every_variable_of_compose() -> None
 
 
 def test_the_example_shows_the_defaults() -> None:
-    of_images = {"model", "heads", "host", "metrics_port"}
+    of_images = {"model", "heads", "host", "metrics_port", "cache_dir"}
     shown = env_example()
     for name, field in Settings.model_fields.items():
         text = shown[PREFIX + name.upper()]
