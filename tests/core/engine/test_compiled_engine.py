@@ -11,7 +11,9 @@ import transformers
 from medusa_core.config import EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.runner import EagerRunner
+from medusa_core.engine.self_check import SelfCheck
 from medusa_core.engine.static_runner import StaticRunner, padded_size
+from medusa_core.programs.program import Argument
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.tokenizer import ChatTokenizer
 from tests.conftest import eventually
@@ -125,3 +127,28 @@ def test_reproducible_or_not_is_another_attention(tiny_chat: ChatTokenizer) -> N
         Engine.from_parts(model, tiny_chat, None, replace(CONFIG, reproducible=reproducible))
         names.append(model.config._attn_implementation)
     assert names == ["medusa_tree", "medusa_tree_fast"]
+
+
+def test_a_compiled_step_with_other_logits_is_not_used(
+    tiny_chat: ChatTokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    engine = Engine.from_parts(model, tiny_chat, None, CONFIG)
+    assert isinstance(engine._runner, StaticRunner)
+    verify = engine._runner.programs[0]
+    check = SelfCheck(verify, engine.backbone)
+    assert check.rows_are_the_same_anywhere()
+    right = verify.program
+
+    def wrong(*arguments: Argument) -> tuple[torch.Tensor, ...]:
+        hidden, logits = right(*arguments)
+        return hidden, logits.roll(1, dims=2)
+
+    for program, is_kept in ((right, True), (wrong, False)):
+        verify.compiled = program  # type: ignore[assignment]
+        check.drop_wrong_program()
+        assert (verify.compiled is program) == is_kept
+    assert "has other logits than the uncompiled one" in caplog.text
