@@ -1,7 +1,9 @@
 """Where compiled programs come from: a folder, where they are looked up by what they are made of."""
 
 import logging
+import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +23,11 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 
 class ProgramLibrary:
-    """Compiled programs of this machine. `folder` None: there is nowhere to keep them."""
+    """Compiled programs of this machine, in a folder that nobody else can write to: they are code."""
 
     def __init__(self, folder: Path | None = None) -> None:
         base = folder or cache_folder()
-        self._folder = None if base is None else base / FOLDER
+        self._folder = None if base is None or not _is_ours(base) else base / FOLDER
         self._keys: dict[Program, str] = {}
 
     def find(self, program: Program) -> CompiledProgram | None:
@@ -42,7 +44,7 @@ class ProgramLibrary:
 
     def can_compile(self) -> bool:
         """Whether there is a compiler, and a folder for what it makes; else the log says what is missing."""
-        reason = missing_compiler() if self._folder else "no folder for what is compiled"
+        reason = missing_compiler() if self._folder else "there is no folder to keep it in"
         if reason is not None:
             logger.info("the step is not compiled: %s", reason)
         return reason is None
@@ -73,3 +75,15 @@ class ProgramLibrary:
         if program not in self._keys:
             self._keys[program] = program_key(program)
         return self._folder / self._keys[program]
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether only this user, or root, can put programs there."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return False
+    is_ours = status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if not is_ours:
+        logger.warning("no compiled programs are kept in %s: others can write to it", folder)
+    return is_ours

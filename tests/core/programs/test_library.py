@@ -101,6 +101,17 @@ def test_nothing_is_found_where_nothing_is_kept(tmp_path: Path) -> None:
     assert ProgramLibrary(tmp_path).find(Scaled(2.0)) is None
 
 
+def test_a_folder_that_others_can_write_to_is_not_trusted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tmp_path.chmod(0o777)
+    library = ProgramLibrary(tmp_path)
+    assert "others can write to it" in caplog.text
+    assert not library.can_compile()
+    with pytest.raises(RuntimeError, match="no folder"):
+        library.add(Scaled(2.0))
+
+
 def test_without_a_compiler_it_is_said_what_is_missing(tmp_path: Path) -> None:
     code = "from medusa_core.programs.compiler import missing_compiler; print(missing_compiler())"
     environment = {k: v for k, v in os.environ.items() if k != "CXX"} | {"PATH": str(tmp_path)}
