@@ -28,7 +28,6 @@ from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
 from medusa_core.draft.tree_size import (
     NGRAM_NODES,
-    scratch_rows,
 )
 from medusa_core.engine.adaptive_size import AdaptiveTreeSizes
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
@@ -39,13 +38,13 @@ from medusa_core.engine.emit import decode_stats, emit, failed
 from medusa_core.engine.outputs import StepOutput, StepStats
 from medusa_core.engine.planner import StepPlanner
 from medusa_core.engine.sequence import Sequence
-from medusa_core.engine.static_runner import padded_size
 from medusa_core.engine.step import RowResult, decode_step, first_root
 from medusa_core.engine.step_timer import StepTimer
 from medusa_core.engine.step_times import StepTimes
 from medusa_core.engine.timing import phase_timer
 from medusa_core.engine.tree_choice import TreeChoice
 from medusa_core.errors import CapacityError, MedusaError, RequestError, TreeError
+from medusa_core.loading.capacity import cache_scratch
 from medusa_core.loading.heads import load_static_tree
 from medusa_core.loading.loader import EngineParts, calibration_or_default, load_parts
 from medusa_core.loading.progress import LoadProgress, OnStage
@@ -71,8 +70,7 @@ class Engine:
         self._origin: tuple[str, str | None] | None = None  # what another process can load
         static_tree = load_static_tree(config.static_tree, parts.heads)
         progress.enter(f"cache of {config.slots} x {self.context_length} tokens")
-        scratch = padded_size(scratch_rows(parts.heads, static_tree, config.tree_nodes))
-        capacity = self.context_length + scratch + 1  # programs never look at the whole of it
+        capacity = self.context_length + cache_scratch(parts.heads, static_tree, config.tree_nodes)
         self._cache = self.backbone.new_cache(config.slots, capacity)
         self.head_source = self._make_head_source(parts, static_tree, capacity)
         self._sources = build_sources(self.head_source)

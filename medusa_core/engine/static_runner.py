@@ -19,12 +19,10 @@ from medusa_core.model.backbone import Backbone, BackboneOutput
 from medusa_core.model.kv_cache import KVCache
 from medusa_core.model.static_rows import bucket
 from medusa_core.model.verify_program import VerifyProgram
-from medusa_core.programs.program import MAX_NODES, MIN_NODES
+from medusa_core.programs.program import MIN_NODES
+from medusa_core.programs.sizes import padded_size
 from medusa_core.programs.switch import Switch
 from medusa_core.sampling_params import SamplingParams
-
-FINE_STEP, COARSE_STEP = 4, 8  # between sizes up to 16 nodes, and beyond
-FINE_SIZES = 16
 
 
 class StaticRunner:
@@ -101,12 +99,6 @@ class StaticRunner:
 def _can_take(params: SamplingParams, chain: LogitsChain) -> bool:
     """Whether the accept program decides such rows: it knows no processors but filters."""
     return len(chain.filters) == len(chain.processors) and AcceptProgram.can_take(params)
-
-
-def padded_size(nodes: int) -> int:
-    """The size that trees of so many nodes run in."""
-    step = FINE_STEP if nodes <= FINE_SIZES else COARSE_STEP
-    return min(MAX_NODES, max(MIN_NODES, -(-nodes // step) * step))
 
 
 def _root_alone(roots_B1: Tensor) -> DraftTree:

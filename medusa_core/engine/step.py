@@ -64,14 +64,15 @@ def decode_step(runner: Runner, batch: Batch, source: DraftSource | None, timer:
     timer.mark()
     output = runner.verify(batch, tree)
     timer.mark()
-    rows = [unpack(row, tree.max_depth + 1) for row in runner.accept(batch, tree, output)]
+    decided = runner.accept(batch, tree, output)
+    rows = [unpack(row, tree.max_depth + 1, proposed.max_depth) for row in decided]
     timer.mark()
     propose, verify, commit = timer.seconds()
     return StepResult(rows, output.hidden_BTE, proposed.size, propose, verify, commit)
 
 
-def unpack(row: list[int], width: int) -> RowResult:
-    """Of `Runner.accept`; `width` is D + 1."""
+def unpack(row: list[int], width: int, depth: int | None = None) -> RowResult:
+    """Of `Runner.accept`; `width` is D + 1, `depth` what was drafted of that."""
     path, on_path, origins = row[:width], row[width : 2 * width], row[2 * width : 3 * width]
     count, next_root = row[3 * width : 3 * width + 2]
     depths = row[3 * width + 2 :]
@@ -79,7 +80,7 @@ def unpack(row: list[int], width: int) -> RowResult:
         path=path[: count + 1],
         token_ids=[*on_path[1 : count + 1], next_root],
         origins=[*map(Origin, origins[1 : count + 1]), Origin.MODEL],
-        drafted=tuple(depths.count(depth) for depth in range(1, width)),
+        drafted=tuple(depths.count(depth) for depth in range(1, width if depth is None else depth + 1)),
     )
 
 

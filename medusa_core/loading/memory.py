@@ -8,12 +8,14 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from medusa_core.config import EngineConfig, resolve_context_length
-from medusa_core.draft.tree_size import scratch_rows
+from medusa_core.draft.head_stack import HeadStack
 from medusa_core.errors import ConfigError
+from medusa_core.loading.capacity import cache_scratch
 from medusa_core.loading.free_memory import free_memory
 from medusa_core.loading.heads import load_static_tree
 from medusa_core.loading.meta_model import (
@@ -86,19 +88,37 @@ def memory_need(
 ) -> MemoryNeed:
     """Bytes an engine of these parts takes on the device."""
     context = resolve_context_length(config.max_length, backbone.max_positions)
-    scratch = scratch_rows(heads, load_static_tree(config.static_tree, heads), config.tree_nodes)
+    scratch = cache_scratch(heads, load_static_tree(config.static_tree, heads), config.tree_nodes)
     shared = backbone.model.get_output_embeddings().weight
     own = () if heads is None else (*heads.parameters(), *heads.buffers())
     caches = (backbone.cache_shape, None if heads is None else heads.cache_shape)
+    copies = _copies(backbone, heads) if _is_packed(backbone, device) else (0, 0)
     return MemoryNeed(
-        weights=backbone.weight_bytes,
-        heads=held_bytes(own, apart_from=(shared,)),
+        weights=backbone.weight_bytes + copies[0],
+        heads=held_bytes(own, apart_from=(shared,)) + copies[1],
         headroom=_headroom(backbone, config, context + scratch, device),
         per_token=sum(shape.bytes_per_token(backbone.model.dtype) for shape in caches if shape),
         slots=config.slots,
         context=context,
         scratch=scratch,
     )
+
+
+def _is_packed(backbone: MetaBackbone, device: torch.device) -> bool:
+    """Whether linear layers get packed, where that is faster."""
+    return device.type == "cpu" and backbone.model.dtype == torch.bfloat16
+
+
+def _copies(backbone: MetaBackbone, heads: MetaHeads | None) -> tuple[int, int]:
+    """Bytes that packing adds to model and heads: an output layer that something else looks at unpacked."""
+    model: Any = backbone.model
+    embedded, shared = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    is_tied = embedded.untyped_storage()._cdata == shared.untyped_storage()._cdata
+    of_heads = 0
+    if isinstance(heads, HeadStack) and heads.is_shared and heads.token_map is None:
+        has_all = heads.vocab_size == backbone.output_rows
+        of_heads = 0 if has_all else heads.vocab_size * heads.hidden_size * shared.element_size()
+    return (shared.nbytes if is_tied else 0), of_heads
 
 
 def check_fits(need: MemoryNeed, free: int, device: torch.device, dtype: torch.dtype) -> None:

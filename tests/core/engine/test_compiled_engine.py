@@ -12,8 +12,9 @@ from medusa_core.config import EngineConfig
 from medusa_core.engine.engine import Engine
 from medusa_core.engine.runner import EagerRunner
 from medusa_core.engine.self_check import SelfCheck
-from medusa_core.engine.static_runner import StaticRunner, padded_size
+from medusa_core.engine.static_runner import StaticRunner
 from medusa_core.programs.program import Argument
+from medusa_core.programs.sizes import padded_size
 from medusa_core.sampling_params import DraftSourceName, SamplingParams, SpeculationMode, SpeculationParams
 from medusa_core.text.tokenizer import ChatTokenizer
 from tests.conftest import eventually

@@ -72,8 +72,12 @@ def needs(monkeypatch: pytest.MonkeyPatch) -> list[MemoryNeed]:
 
 def memory(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Address and size of every piece of memory behind real tensors."""
-    storages = [tensor.untyped_storage() for tensor in tensors]
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+    plain, packed = [], []
+    for tensor in tensors:
+        (packed if tensor.is_mkldnn else plain).append(tensor)
+    storages = [tensor.untyped_storage() for tensor in plain]
+    sizes = {storage.data_ptr(): storage.nbytes() for storage in storages}
+    return sizes | {id(tensor): tensor.numel() * tensor.element_size() for tensor in packed}
 
 
 def taken(engine: Engine) -> tuple[int, int, int]:

@@ -39,9 +39,14 @@ class ScriptedEngine:
         self.num_steps = 0
         self._failing_step = failing_step
 
+    is_compiling = False
+
     @property
     def has_work(self):
         return bool(self.active)
+
+    def upkeep(self):
+        """Nothing to take over."""
 
     def add(self, request):
         if not request.prompt_ids:
