@@ -5,6 +5,8 @@
 1. the demo model in its default dtype: Medusa, our baseline and transformers' `generate`;
 2. Medusa there against the fastest baseline in any dtype;
 3. the model inflated to 1.2 B parameters in bfloat16: as 1.
+
+All run compiled; the first run on a machine compiles for some minutes.
 """
 
 import json
@@ -45,14 +47,14 @@ def main(
     few = load_prompts(prompts, inflated_limit)
     settings = BenchSettings(max_tokens=max_tokens, repeats=repeats, compare_hf=True)
     once = BenchSettings(max_tokens=max_tokens, compare_hf=True)
-    demo = Engine.from_pretrained(model, heads=heads)
+    demo = Engine.from_pretrained(model, heads=heads, config=EngineConfig(compile="on"))
     figures: dict[str, Any] = {
         "machine": machine_facts() | {"system": platform.platform()},
         "demo": run_bench(demo, chosen, settings, warn=print),
         "fastest_baseline": against_fastest_baseline(demo, model, chosen, settings),
     }
     del demo
-    big = inflated_engine(model, heads, EngineConfig(dtype="bfloat16"), SHAPES["1b"])
+    big = inflated_engine(model, heads, EngineConfig(dtype="bfloat16", compile="on"), SHAPES["1b"])
     figures["inflated_1b"] = run_bench(big, few, once, warn=print)
     summary = summarize(figures)
     json_file.write_text(json.dumps({"summary": summary} | figures, indent=2) + "\n", encoding="utf-8")
@@ -64,7 +66,9 @@ def against_fastest_baseline(
 ) -> dict[str, Any]:
     """Medusa in the default dtype and baselines in every dtype, interleaved."""
     baselines = {
-        dtype: Engine.from_pretrained(model, heads="none", config=EngineConfig(dtype=dtype, measure=False))
+        dtype: Engine.from_pretrained(
+            model, heads="none", config=EngineConfig(dtype=dtype, compile="on", measure=False)
+        )
         for dtype in DTYPES
     }
     variants = [Variant(dtype, engine_runner(engine)) for dtype, engine in baselines.items()]

@@ -21,9 +21,15 @@ class CompiledProgram:
         unknown = sorted(name for name in names.values() if name not in constants)
         if unknown:
             raise RuntimeError(f"the compiled program wants {', '.join(unknown[:3])}, which the module lacks")
+        self._dtypes = [tensor.dtype for tensor in flatten(program.example())]
         # Kept, as the library only points at them.
         self._constants = {internal: constants[name] for internal, name in names.items()}
         self._runner.update_constant_buffer(self._constants, False, False, user_managed=True)
 
     def __call__(self, *arguments: Argument) -> tuple[Tensor, ...]:
-        return tuple(self._runner.run(flatten(arguments)))
+        """Raises `RuntimeError` for arguments of other types than it was compiled for."""
+        given = flatten(arguments)
+        if [tensor.dtype for tensor in given] != self._dtypes:
+            raise RuntimeError(f"compiled for {self._dtypes}, not for {[tensor.dtype for tensor in given]}")
+        # The library knows no strides. What it changes in place, caches, is contiguous.
+        return tuple(self._runner.run([tensor.contiguous() for tensor in given]))

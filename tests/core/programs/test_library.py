@@ -58,6 +58,10 @@ def test_a_compiled_program_runs_any_allowed_size_with_the_live_weights(tmp_path
         given = inputs(rows)
         torch.testing.assert_close(run(*given), program(given[0], [torch.zeros(rows, 4), given[1][1]]))
         assert given[1][0].abs().sum() > 0  # it wrote to the cache that it was given
+    strided = torch.randn(1, 4, 6).transpose(1, 2)
+    torch.testing.assert_close(run(strided, inputs(6)[1])[0], program(strided, inputs(6)[1])[0])
+    with pytest.raises(RuntimeError, match="compiled for"):
+        run(strided.double(), inputs(6)[1])
     program.layer.weight.mul_(3.0)
     given = inputs(3)
     torch.testing.assert_close(run(*given)[0], program(*given)[0])
