@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-import subprocess
+import subprocess  # to run this package  # nosec B404
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, replace
