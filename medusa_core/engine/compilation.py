@@ -17,7 +17,6 @@ from medusa_core.programs.switch import Switch
 logger = logging.getLogger(__name__)
 
 ENTRY = "medusa_core.engine.precompile"
-CHILD_NICENESS = 19
 
 
 class Compilation:
@@ -78,9 +77,9 @@ class Compilation:
         threads = str(torch.get_num_threads())  # which compiled programs depend on
         environment = os.environ | {"OMP_NUM_THREADS": threads}
         logger.info("the step is being compiled in the background, once for this machine")
-        # Our own module, with arguments of our own.
+        # Our own module, with arguments of our own; in our session, as priorities count within one only.
         self._child = subprocess.Popen(  # noqa: S603  # nosec B603
-            command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True
+            command, env=environment, stdin=subprocess.DEVNULL
         )
 
     def take_over(self) -> bool:
