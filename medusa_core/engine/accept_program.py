@@ -28,6 +28,8 @@ class AcceptProgram(Program):
     moved, so that the caller can run the reference on the same inputs.
     """
 
+    can_repeat = False  # rows that have moved would be moved again
+
     def __init__(self, cache: CacheShape, vocab_size: int, dtype: torch.dtype, *, sampled: bool) -> None:
         """`sampled`: whether it is compiled for rows that draw."""
         super().__init__()

@@ -26,9 +26,7 @@ from medusa_core.draft.heads import DraftHeads
 from medusa_core.draft.source import Committed
 from medusa_core.draft.sources import build_sources
 from medusa_core.draft.tree import Tree
-from medusa_core.draft.tree_size import (
-    NGRAM_NODES,
-)
+from medusa_core.draft.tree_size import NGRAM_NODES
 from medusa_core.engine.adaptive_size import AdaptiveTreeSizes
 from medusa_core.engine.answer import Answer, AnswerStream, answer_all
 from medusa_core.engine.batch import make_batch

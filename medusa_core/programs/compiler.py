@@ -3,7 +3,6 @@
 torch.export traces it, AOTInductor makes C++ of it, and a C++ compiler a library. Takes tens of seconds.
 """
 
-import logging
 import os
 import tempfile
 import warnings
@@ -15,8 +14,6 @@ import torch
 from safetensors.torch import save_file
 
 from medusa_core.programs.program import Program, constants_of
-
-logger = logging.getLogger(__name__)
 
 LIBRARY, LITERALS = "program.so", "literals.safetensors"
 WORKPLACE = "TORCHINDUCTOR_CACHE_DIR"  # where torch puts what it makes on the way, and loads it from

@@ -4,10 +4,7 @@ import logging
 import os
 import shutil
 import stat
-from collections.abc import Callable
 from pathlib import Path
-
-from torch import Tensor
 
 from medusa_core.disk_cache import cache_folder
 from medusa_core.programs.compiled import CompiledProgram
@@ -18,8 +15,6 @@ from medusa_core.programs.skeleton import program_key, skeleton_of
 logger = logging.getLogger(__name__)
 
 FOLDER = "programs"
-Run = Callable[..., tuple[Tensor, ...]]
-"""A program to call: the module itself, or compiled."""
 
 
 class ProgramLibrary:

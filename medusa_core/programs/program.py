@@ -1,5 +1,6 @@
 """What a compiled part of a step is made from: a module of tensors in and tensors out."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,19 +15,22 @@ MIN_NODES, MAX_NODES = 4, 1024
 MAX_WIDTH, MAX_SLOTS = 1 << 24, 4096
 
 
-class Program(nn.Module):
+class Program(nn.Module, ABC):
     """A module whose `forward` takes tensors, or lists of them, and decides nothing on the host.
 
     Weights are its parameters and buffers; what it changes in place are arguments, caches for instance.
+    `can_repeat`: whether it may run again on arguments that an interrupted run has changed.
     """
+
+    can_repeat = True
 
     def facts(self) -> object:
         """What besides weights, arguments and code decides what it computes; its `repr` must tell."""
         return None
 
+    @abstractmethod
     def example(self) -> tuple[Argument, ...]:
         """Arguments of allowed sizes to trace with."""
-        raise NotImplementedError
 
     def sizes(self) -> tuple[Any, ...]:
         """For each argument its sizes that vary, {dimension: torch.export.Dim} or None; a list for a list."""

@@ -26,9 +26,11 @@ class Switch:
         if self.compiled is not None and len(arguments[0]) == 1:
             try:
                 return self.compiled(*arguments)
-            except RuntimeError as error:  # what it wrote to caches is written again
+            except RuntimeError as error:
                 logger.warning("%s runs uncompiled from now on: %s", type(self.program).__name__, error)
                 self.compiled = None
+                if not self.program.can_repeat:
+                    raise  # the request that it ran for fails alone
         return self.as_it_is(*arguments)
 
     def as_it_is(self, *arguments: Argument) -> tuple[Tensor, ...]:

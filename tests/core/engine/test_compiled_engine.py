@@ -45,6 +45,14 @@ def texts(engine: Engine, speculation: SpeculationParams) -> list[list[int]]:
     return answers
 
 
+def tiny_llama() -> transformers.PreTrainedModel:
+    """In bfloat16."""
+    config = transformers.LlamaConfig(
+        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
 def test_in_bfloat16_no_tree_changes_the_text() -> None:
     engine = Engine.from_pretrained(heads="medusa-1", config=CONFIG)
     expected = texts(engine, OFF)
@@ -120,14 +128,7 @@ def test_trees_run_in_few_sizes(nodes: int, size: int) -> None:
 def test_reproducible_or_not_is_another_attention(tiny_chat: ChatTokenizer) -> None:
     names = []
     for reproducible in (True, False):
-        config = transformers.LlamaConfig(
-            vocab_size=320,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+        model = tiny_llama()
         Engine.from_parts(model, tiny_chat, None, replace(CONFIG, reproducible=reproducible))
         names.append(model.config._attn_implementation)
     assert names == ["medusa_tree", "medusa_tree_fast"]
@@ -136,10 +137,7 @@ def test_reproducible_or_not_is_another_attention(tiny_chat: ChatTokenizer) -> N
 def test_a_compiled_step_with_other_logits_is_not_used(
     tiny_chat: ChatTokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    config = transformers.LlamaConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4
-    )
-    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = tiny_llama()
     engine = Engine.from_parts(model, tiny_chat, None, CONFIG)
     assert isinstance(engine._runner, StaticRunner)
     verify = engine._runner.programs[0]

@@ -135,6 +135,10 @@ def test_a_program_that_fails_compiled_goes_on_as_it_is(caplog: pytest.LogCaptur
         torch.testing.assert_close(switch(*given)[0], switch.program(*given)[0])
     assert switch.compiled is None
     assert "Scaled runs uncompiled from now on: index out of bounds" in caplog.text
+    switch.program.can_repeat, switch.compiled = False, Broken()  # type: ignore[assignment]
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        switch(*given)  # what an interrupted run has changed is not changed again
+    assert switch.compiled is None
 
 
 def test_lists_are_taken_apart_in_order() -> None:
